@@ -1,0 +1,289 @@
+"""The best architecture under budgets, exactly: an integer linear program.
+
+maximise sum_l log p_l(o_l)  subject to  C_j(o) <= budget_j for every budgeted cost j,
+
+with one binary variable per label and option, and one auxiliary variable per product of nested decisions.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import final
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from ..errors import ConfigurationError, InfeasibleTargetError, UnsupportedModelError
+from ..mutables.samplers import first_argmax
+from .model import CostModel
+
+__all__ = ["best_under_budget", "cost_range"]
+
+_MOST_CUTS = 200
+_LEAST_LOG = -1e5  # below the best option of its decision: as good as impossible
+_SCORE_SCALE = 1e3  # the solver stops within 1e-6 of the optimum, here 1e-9 of a log probability
+_LARGEST = 1e6  # coefficient of a cost that is not made of whole numbers; the solver's tolerance is 1e-6
+_LARGEST_WHOLE = 1e8
+
+
+def best_under_budget(
+    log_probabilities: Mapping[str, Sequence[float]],
+    costs: Mapping[str, CostModel],
+    budget: Mapping[str, float],
+) -> dict[str, int]:
+    """The most probable choices whose costs are at most their budgets, as label -> option.
+
+    Without a budget it is the argmax of every decision. InfeasibleTargetError with the reachable minimum when no
+    architecture fits; ConfigurationError for a budget, a cost or a probability that cannot be used.
+
+    >>> from torch import nn
+    >>> from oneshot import LayerChoice, count_params
+    >>> net = nn.Sequential(LayerChoice([nn.Linear(2, 2), nn.Identity()], label="a"))
+    >>> best_under_budget({"a": [-0.1, -2.3]}, {"params": count_params(net)}, {"params": 5})  # the Linear has 6
+    {'a': 1}
+    """
+    _check(log_probabilities, costs, budget)
+    argmax = {label: first_argmax(row) for label, row in log_probabilities.items()}
+    if all(costs[name].of(argmax) <= limit for name, limit in budget.items()):
+        return argmax
+    # Only differences within a decision count, and they leave the solver small numbers.
+    score = {k: [-max(value - max(row), _LEAST_LOG) for value in row] for k, row in log_probabilities.items()}
+    program = _Program({label: len(row) for label, row in log_probabilities.items()})
+    for name, limit in budget.items():
+        program.at_most(costs[name], limit)
+    # The solver accepts what is above a budget by its tolerance. The budget is a promise: such choices are cut off,
+    # with all that cost as much. None is the proof that nothing fits: a tolerance lets in, it never keeps out.
+    for _ in range(_MOST_CUTS):
+        choices = program.minimum(score)
+        if choices is None:
+            raise InfeasibleTargetError(_infeasible(costs, budget))
+        above = [name for name, limit in budget.items() if costs[name].of(choices) > limit]
+        if not above:
+            return choices
+        program.cut_off(costs[above[0]], budget[above[0]], choices)
+    return _drawn_in(score, costs, budget)
+
+
+def cost_range(cost: CostModel) -> tuple[float, float]:
+    """The smallest and largest cost any architecture reaches.
+
+    >>> from torch import nn
+    >>> from oneshot import LayerChoice, count_params
+    >>> cost_range(count_params(nn.Sequential(LayerChoice([nn.Linear(2, 2), nn.Identity()]), nn.Linear(2, 1))))
+    (3.0, 9.0)
+    """
+    return cost.of(_extreme(cost, 1.0)), cost.of(_extreme(cost, -1.0))
+
+
+def _check(
+    log_probabilities: Mapping[str, Sequence[float]], costs: Mapping[str, CostModel], budget: Mapping[str, float]
+) -> None:
+    sizes = {label: len(row) for label, row in log_probabilities.items()}
+    for label, row in log_probabilities.items():
+        if any(math.isnan(value) for value in row) or max(row) == -math.inf:
+            raise ConfigurationError(f"log probabilities of {label!r} are {list(row)}: numbers are needed")
+    for name, limit in budget.items():
+        if name not in costs:
+            raise ConfigurationError(f"budget for {name!r}: the costs of this run are {sorted(costs)}")
+        if isinstance(limit, bool) or not isinstance(limit, Real) or not abs(limit) <= sys.float_info.max:
+            raise ConfigurationError(f"budget {name}={limit!r}: a finite number is needed")
+        other = {label: n for label, n in costs[name].sizes.items() if sizes.get(label) != n}
+        if other:
+            raise ConfigurationError(
+                f"budget for {name!r}: its cost has decisions {other} (label: number of options), the model {sizes}. "
+                "Count the cost of this model"
+            )
+
+
+def _extreme(cost: CostModel, sign: float) -> dict[str, int]:
+    """The choices of the smallest sign * cost. Decisions that are in no product are independent of all others."""
+    joined = {label for term in cost.products for label in term.when}
+    choices = {label: first_argmax([-sign * value for value in row]) for label, row in cost.table.items()}
+    program = _Program({label: cost.sizes[label] for label in cost.sizes if label in joined})
+    found = program.solve(program.linear(cost, sign).coefficients)
+    assert found is not None  # nothing is forbidden
+    return choices | found
+
+
+def _drawn_in(
+    score: Mapping[str, Sequence[float]], costs: Mapping[str, CostModel], budget: Mapping[str, float]
+) -> dict[str, int]:
+    """For crowds within the tolerance: the best by a slightly smaller budget, or the cheapest by one of the costs."""
+    program = _Program({label: len(row) for label, row in score.items()})
+    for name, limit in budget.items():
+        program.at_most(costs[name], limit, margin=1e-5)
+    cheapest = (dict.fromkeys(score, 0) | _extreme(costs[name], 1.0) for name in budget)
+    for choices in (program.minimum(score), *cheapest):
+        if choices is not None and all(costs[name].of(choices) <= limit for name, limit in budget.items()):
+            return choices
+    raise InfeasibleTargetError(_infeasible(costs, budget))
+
+
+def _infeasible(costs: Mapping[str, CostModel], budget: Mapping[str, float]) -> str:
+    lines = [f"no architecture meets {dict(budget)}:"]
+    for name, limit in budget.items():
+        low, high = cost_range(costs[name])
+        lines.append(f"  {name}: budget {limit:.15g}, reachable {_enough(low)} to {_enough(high)} {costs[name].unit}")
+    if len(budget) > 1:
+        lines.append("  (each range by itself; the budgets must be met together)")
+    return "\n".join([*lines, "raise the budget, or give the space smaller candidates"])
+
+
+def _enough(value: float) -> str:
+    """A number short enough to read that is not below ``value``: who takes it as a budget must meet it."""
+    short = f"{value:.15g}"
+    return short if float(short) >= value else repr(value)
+
+
+class _Linear:
+    """A cost in the variables of a program: ``sum coefficients * variables * unit + constant``."""
+
+    def __init__(self, coefficients: Mapping[int, float], constant: float) -> None:
+        self.unit, self.constant = _unit([v for v in coefficients.values() if v]), constant
+        self.coefficients = {i: value / self.unit for i, value in coefficients.items() if value}
+
+
+def _unit(values: Sequence[float]) -> float:
+    """What a cost is expressed in, so that the solver's absolute tolerance is far below what one option costs."""
+    if not values:
+        return 1.0
+    largest = max(map(abs, values))
+    if all(value.is_integer() for value in values):
+        divisor = math.gcd(*(int(value) for value in values))
+        if largest / divisor <= _LARGEST_WHOLE:
+            return float(divisor)
+    return largest / _LARGEST
+
+
+@final
+class _Program:
+    """Variables: x[label, option] in {0, 1}, then one continuous z in [0, 1] per product of decisions."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.first: dict[str, int] = {}
+        self.n = 0
+        for label, size in sizes.items():
+            self.first[label] = self.n
+            self.n += size
+        self.sizes = dict(sizes)
+        self.n_binary = self.n
+        self.rows: list[tuple[dict[int, float], float, float]] = [
+            ({start + o: 1.0 for o in range(sizes[label])}, 1.0, 1.0) for label, start in self.first.items()
+        ]
+
+    def linear(self, cost: CostModel, sign: float = 1.0) -> _Linear:
+        """sign * cost of the labels of this program; adds the variables of its products."""
+        coefficients: dict[int, float] = {}
+        constant = sign * cost.fixed
+        for label, row in cost.table.items():
+            if label in self.first:
+                # What every option costs says nothing, and would hide the differences in the tolerance.
+                least = min(sign * value for value in row)
+                constant += least
+                for option, value in enumerate(row):
+                    coefficients[self.first[label] + option] = sign * value - least
+        for term in cost.products:
+            z, self.n = self.n, self.n + 1
+            coefficients[z] = sign * term.value
+            below: dict[int, float] = {z: 1.0}
+            for label, options in term.when.items():
+                indicator = {self.first[label] + o: -1.0 for o in options}
+                below.update(indicator)
+                self.rows.append(({z: 1.0, **indicator}, -np.inf, 0.0))
+            self.rows.append((below, 1.0 - len(term.when), np.inf))
+        return _Linear(coefficients, constant)
+
+    def at_most(self, cost: CostModel, limit: float, margin: float = 0.0) -> None:
+        linear = self.linear(cost)
+        room = (limit - linear.constant) / linear.unit
+        largest = max(map(abs, linear.coefficients.values()), default=1.0)
+        self.rows.append((linear.coefficients, -np.inf, room - margin * max(largest, abs(room))))
+
+    def cut_off(self, cost: CostModel, limit: float, choices: Mapping[str, int]) -> None:
+        """Forbid choices that are above a limit, and all that cost at least as much for the same reason."""
+        cover = {label: frozenset(options) for label, options in _cover(cost, limit, choices)}
+        if not cover:
+            cover = {label: frozenset({option}) for label, option in choices.items()}
+        row = {self.first[label] + o: 1.0 for label, options in cover.items() for o in options}
+        self.rows.append((row, -np.inf, len(cover) - 1.0))
+
+    def minimum(self, score: Mapping[str, Sequence[float]]) -> dict[str, int] | None:
+        return self.solve(
+            {self.first[k] + o: _SCORE_SCALE * value for k, row in score.items() for o, value in enumerate(row)}
+        )
+
+    def solve(self, objective: Mapping[int, float]) -> dict[str, int] | None:
+        """The choices that minimise the objective, None when there are none."""
+        if self.n == 0:
+            return {} if all(low <= 0 <= up for _, low, up in self.rows) else None
+        c = np.zeros(self.n)
+        for variable, value in objective.items():
+            c[variable] = value
+        entries = [(r, i, v) for r, (row, _, _) in enumerate(self.rows) for i, v in row.items()]
+        at, variables, values = (np.array(part) for part in zip(*entries, strict=True))
+        matrix = coo_array((values, (at, variables)), shape=(len(self.rows), self.n)).tocsr()
+        lower, upper = np.array([low for _, low, _ in self.rows]), np.array([up for _, _, up in self.rows])
+        result = milp(
+            c,
+            integrality=np.arange(self.n) < self.n_binary,
+            bounds=(0, 1),
+            constraints=LinearConstraint(matrix, lower, upper),
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.status == 2:
+            return None
+        if result.status != 0:
+            raise UnsupportedModelError(
+                f"the integer program of {self.n} variables and {len(self.rows)} rows was not solved: {result.message}"
+            )
+        return {
+            label: first_argmax(result.x[start : start + self.sizes[label]].tolist())
+            for label, start in self.first.items()
+        }
+
+
+def _cover(cost: CostModel, limit: float, choices: Mapping[str, int]) -> Iterator[tuple[str, list[int]]]:
+    """Labels and options such that whoever takes one of these options of every label is above the limit.
+
+    They are those of ``choices`` and what costs no less; labels that are not needed for the excess are left out.
+    Nothing if the excess is of the size of a rounding error.
+    """
+    guard = 1e-12 * (abs(cost.fixed) + sum(max(map(abs, row)) for row in cost.table.values()) + abs(limit))
+    guard += 1e-12 * sum(abs(term.value) for term in cost.products)
+    taken: dict[str, int | None] = {label: choices[label] for label in cost.sizes}
+    if not _at_least(cost, taken) > limit + guard:
+        return
+    for label in cost.sizes:
+        if not _at_least(cost, {**taken, label: None}) <= limit + guard:
+            taken[label] = None
+    for label, option in taken.items():
+        if option is not None:
+            yield label, [o for o in range(cost.sizes[label]) if _no_less(cost, label, o, option)]
+
+
+def _at_least(cost: CostModel, taken: Mapping[str, int | None]) -> float:
+    """A lower bound of the cost when the options of some labels are taken, and others (None) are open."""
+    total = cost.fixed
+    for label, row in cost.table.items():
+        option = taken[label]
+        total += min(row) if option is None else row[option]
+    for term in cost.products:
+        holds = all(taken[label] in options for label, options in term.when.items())
+        may_hold = all(taken[label] is None or taken[label] in options for label, options in term.when.items())
+        total += term.value * (holds if term.value > 0 else may_hold)
+    return total
+
+
+def _no_less(cost: CostModel, label: str, one: int, other: int) -> bool:
+    """Whether option ``one`` of a label costs no less than ``other``, whatever the other labels are."""
+    if cost.table[label][one] < cost.table[label][other]:
+        return False
+    parts = [(term.value, term.when[label]) for term in cost.products if label in term.when]
+    return all(
+        (other not in options or one in options) if v > 0 else (one not in options or other in options)
+        for v, options in parts
+    )

@@ -1,0 +1,22 @@
+"""Choices of a network and the samplers that decide them."""
+
+from .base import Decision as Decision
+from .base import Mutable as Mutable
+from .base import after_step as after_step
+from .base import arch_parameters as arch_parameters
+from .base import decisions as decisions
+from .base import draw as draw
+from .base import set_sampler as set_sampler
+from .base import weight_parameters as weight_parameters
+from .input_choice import InputChoice as InputChoice
+from .layer_choice import LayerChoice as LayerChoice
+from .repeat import Repeat as Repeat
+from .samplers import Argmax as Argmax
+from .samplers import BinaryGates as BinaryGates
+from .samplers import EveryPath as EveryPath
+from .samplers import Gate as Gate
+from .samplers import GumbelSoftmax as GumbelSoftmax
+from .samplers import OnePath as OnePath
+from .samplers import Sampler as Sampler
+from .samplers import Softmax as Softmax
+from .samplers import UniformPath as UniformPath

@@ -1,0 +1,187 @@
+"""How the outputs of the options of a decision become one output, and what flows back.
+
+y = sum_k w_k o_k(x) over the options of the gate. Where a single option runs in the graph with weight 1, y is
+its output, and the gradients of all weights, dL/dw_k = <dL/dy, o_k(x)>, are formed in the backward pass: the
+other options are evaluated there, without grad, so that the memory of a step is that of one path however many
+gates learn (ProxylessNAS, arXiv 1812.00332, section 3.2 and appendix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from ..errors import ShapeMismatchError, UnsupportedModelError
+from .samplers import Gate
+
+__all__ = ["combine", "unchanged"]
+
+Evaluate = Callable[[int, Sequence[Tensor]], Any]
+
+
+def combine(gate: Gate, evaluate: Evaluate, inputs: Sequence[Tensor], describe: Callable[[int], str]) -> Any:
+    """The gated sum of the options, in memory of its own.
+
+    ``evaluate(k, inputs)`` returns the output of option k: a tensor, or a tuple, list or dict of tensors.
+    ``inputs``: the tensors the options read. ``describe(k)`` names option k in errors.
+    """
+    learns = gate.weights.requires_grad and torch.is_grad_enabled()
+    others = tuple(k for k in gate.run if k not in gate.graph) if learns else ()
+    first = gate.graph[0]
+    if len(gate.graph) == 1 and not others:
+        output = evaluate(first, inputs)
+        if not learns:
+            return _own(output, inputs)
+    else:
+        with unchanged(inputs, describe(first)):
+            output = evaluate(first, inputs)
+    leaves, tree = pytree.tree_flatten(output)
+    alike = _Alike(tree, _shapes_of(leaves, describe(first)), describe(first))
+    if len(gate.graph) == 1:
+        echoed = _echo(gate, others, leaves, alike, evaluate, inputs, describe)
+        return pytree.tree_unflatten(echoed, tree)
+    outputs = [leaves]
+    for k in gate.graph[1:]:
+        with unchanged((inputs, outputs), describe(k)):
+            output = evaluate(k, inputs)
+        outputs.append(alike.leaves(output, describe(k)))
+    weights = [gate.weights[k] for k in gate.graph]
+    return pytree.tree_unflatten([_sum(weights, column) for column in zip(*outputs, strict=True)], tree)
+
+
+def _sum(weights: list[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+    total = weights[0].to(outputs[0].dtype) * outputs[0]
+    for weight, output in zip(weights[1:], outputs[1:], strict=True):
+        total = total + weight.to(output.dtype) * output
+    return total
+
+
+def _own(output: Any, inputs: Sequence[Tensor]) -> Any:
+    """``output`` without memory of the inputs: what follows may work in place, as after a sum."""
+    roots = [x if x._base is None else x._base for x in inputs]
+
+    def is_input(tensor: Tensor) -> bool:
+        return any(tensor is x for x in inputs) or any(tensor is x or tensor._base is x for x in roots)
+
+    return pytree.tree_map_only(Tensor, lambda t: t.clone() if is_input(t) else t, output)
+
+
+class _Alike:
+    """What the first option returned, and so all of them must: structure and shapes."""
+
+    def __init__(self, tree: pytree.TreeSpec, shapes: list[torch.Size], name: str) -> None:
+        self.tree, self.shapes, self.name = tree, shapes, name
+
+    def leaves(self, output: Any, name: str) -> list[Tensor]:
+        """The tensors of another option in the order of the first one's, whatever the order of its dict."""
+        try:
+            leaves = self.tree.flatten_up_to(output)
+        except ValueError as error:
+            raise ShapeMismatchError(
+                f"{name} returns another structure than {self.name}: {error}. The candidates of one choice must "
+                "return the same tuples, lists or dicts"
+            ) from error
+        got = _shapes_of(leaves, name)
+        if got != self.shapes:
+            raise ShapeMismatchError(
+                f"{name} returns shape {_shapes(got)}, {self.name} returns {_shapes(self.shapes)}: "
+                "the candidates of one choice must return outputs of one shape"
+            )
+        return leaves
+
+
+def _shapes_of(leaves: list[Any], name: str) -> list[torch.Size]:
+    wrong = [x for x in leaves if not (isinstance(x, Tensor) and x.is_floating_point())]
+    if leaves and not wrong:
+        return [t.shape for t in leaves]
+    found = [f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in wrong]
+    raise UnsupportedModelError(
+        f"{name} returns {' and '.join(found) or 'no tensor'}, which cannot be weighted and added; a candidate returns "
+        "a tensor of real floating-point numbers, or a tuple, list or dict of them"
+    )
+
+
+def _shapes(shapes: list[torch.Size]) -> str:
+    plain = [tuple(shape) for shape in shapes]
+    return str(plain[0]) if len(plain) == 1 else str(plain)
+
+
+@contextmanager
+def unchanged(tensors: Any, name: str) -> Iterator[None]:
+    """UnsupportedModelError if the option ``name``, run inside, changes tensors in place that others read."""
+    before = _versions(tensors)
+    yield
+    if before != _versions(tensors):
+        raise UnsupportedModelError(
+            f"{name} changes its input in place, and other candidates read the same tensor: "
+            "begin the candidate with inplace=False"
+        )
+
+
+def _versions(tensors: Any) -> list[int]:
+    leaves = [t for t in pytree.tree_leaves(tensors) if isinstance(t, Tensor)]
+    return [0 if t.is_inference() else t._version for t in leaves]
+
+
+def _echo(
+    gate: Gate,
+    others: tuple[int, ...],
+    leaves: list[Tensor],
+    alike: _Alike,
+    evaluate: Evaluate,
+    inputs: Sequence[Tensor],
+    describe: Callable[[int], str],
+) -> list[Tensor]:
+    precision = _autocast_state(leaves[0].device.type)
+
+    def others_on(gradients: Sequence[Tensor], saved: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[int, Tensor]]:
+        pairs = []
+        with torch.no_grad(), precision():
+            for k in others:
+                with unchanged(saved, describe(k)):
+                    again = evaluate(k, saved)
+                pairs.append((k, _inner(gradients, alike.leaves(again, describe(k)), dtype)))
+        return pairs
+
+    return list(_Echo.apply(gate.weights, gate.graph[0], others_on, len(leaves), *leaves, *inputs))
+
+
+class _Echo(torch.autograd.Function):
+    """Identity on the active output whose backward also forms the gradients of the gate weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, active: int, others_on: Any, n_outputs: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.weights, ctx.active, ctx.others_on, ctx.n_outputs = weights.detach(), active, others_on, n_outputs
+        # A copy and not a view: what follows may work in place (a ReLU, a +=), and the output is needed again.
+        return tuple(t.clone() for t in tensors[:n_outputs])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks once
+        outputs, inputs = saved[: ctx.n_outputs], saved[ctx.n_outputs :]
+        of_weights = torch.zeros_like(ctx.weights)
+        of_weights[ctx.active] = _inner(gradients, outputs, of_weights.dtype)
+        for k, value in ctx.others_on(gradients, inputs, of_weights.dtype):
+            of_weights[k] = value
+        return (of_weights, None, None, None, *gradients, *(None for _ in inputs))
+
+
+def _inner(gradients: Sequence[Tensor], outputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """<g, o> in the precision of alpha: a sum in half precision would round it, or overflow."""
+    return torch.stack([(g.to(dtype) * o).sum() for g, o in zip(gradients, outputs, strict=True)]).sum()
+
+
+def _autocast_state(device_type: str) -> Callable[[], torch.autocast]:
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)

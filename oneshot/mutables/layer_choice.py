@@ -1,0 +1,152 @@
+"""LayerChoice: one of several layers at a place of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ArchMismatchError, ConfigurationError
+from .base import Mutable, unlabelled
+from .gating import combine
+
+__all__ = ["LayerChoice"]
+
+
+@final
+class LayerChoice(Mutable):
+    """One of ``candidates``, decided by search: y = sum_k w_k candidate_k(x) with the gate w of the sampler.
+
+    ``candidates``: a list (decisions are indices) or a mapping (decisions are names) of modules. They may
+    differ in anything but the shape of their output; they may hold choices themselves, and need no parameters
+    (``nn.Identity()`` is a skip). All positional and keyword inputs are handed on as they come.
+    ``label``: mutables of one label share one decision; None means the path of the module in its model.
+
+    A candidate that does not run in a step is not touched: no gradient, no BatchNorm statistics. The output shares
+    no memory with the inputs, also where the candidate passes them on, so that what follows may work in place.
+
+    >>> import torch
+    >>> choice = LayerChoice({"conv": nn.Conv2d(4, 4, 3, padding=1), "skip": nn.Identity()})
+    >>> choice(torch.rand(2, 4, 8, 8)).shape, choice.options
+    (torch.Size([2, 4, 8, 8]), ('conv', 'skip'))
+    """
+
+    def __init__(
+        self, candidates: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict, label: str | None = None
+    ) -> None:
+        named = _named(candidates, label)
+        names = list(named)
+        by_name = isinstance(candidates, Mapping | nn.ModuleDict)
+        super().__init__(names if by_name else range(len(names)), label)
+        self.by_name = by_name
+        self._signature = tuple((name, _kind(named[name], deep=not by_name)) for name in names)
+        self._decide()
+        kept = named if self.decided is None else {names[self.decided]: named[names[self.decided]]}
+        for name in names:
+            if name not in kept:
+                self.left_out.update(unlabelled(named[name], f"candidates.{name}"))
+        try:
+            self.candidates = nn.ModuleDict(kept)
+        except (KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"LayerChoice(label={label!r}): {error}; candidate names must be usable as module names "
+                f"(no dot, no attribute of nn.ModuleDict), got {names}"
+            ) from error
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        candidates = list(self.candidates.values())
+        if self.decided is not None:
+            return candidates[0](*args, **kwargs)
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        inputs = [leaves[i] for i in places]
+        # Kept for the backward pass without the tensors, which autograd saves, and may save elsewhere or not at all.
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+        def evaluate(k: int, tensors: Sequence[Tensor]) -> Any:
+            filled = list(others)
+            for i, tensor in zip(places, tensors, strict=True):
+                filled[i] = tensor
+            args, kwargs = pytree.tree_unflatten(filled, tree)
+            return candidates[k](*args, **kwargs)
+
+        return combine(self.gate(), evaluate, inputs, self._candidate)
+
+    def index_of(self, decision: Any, label: str) -> int:
+        # NNI writes indices for named candidates too, and the digits of an index as a string.
+        names = [str(option) for option in self.options]
+        if isinstance(decision, str) and decision in names:
+            return names.index(decision)
+        if isinstance(decision, int) and not isinstance(decision, bool) and 0 <= decision < len(self.options):
+            return decision
+        raise ArchMismatchError(
+            f"{label}: the arch says {decision!r}, the candidates are {list(self.options)}. "
+            "Build the model with the arguments it was searched with"
+        )
+
+    def describe(self) -> str:
+        return f"LayerChoice(label={self.label!r}) of {list(self.options)}"
+
+    def signature(self) -> tuple[Hashable, ...]:
+        return ("LayerChoice", self.by_name, *self._signature)
+
+    def _candidate(self, k: int) -> str:
+        return f"candidate {self.options[k]!r} of {self.describe()}"
+
+    def __len__(self) -> int:
+        return len(self.options)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.candidates.values())
+
+    def __getitem__(self, option: str | int) -> nn.Module:
+        return self.candidates[str(option)]
+
+
+def _named(
+    candidates: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict, label: str | None
+) -> dict[str, nn.Module]:
+    if isinstance(candidates, Mapping | nn.ModuleDict):
+        named = dict(candidates.items())
+        if not all(isinstance(name, str) for name in named):
+            raise ConfigurationError(
+                f"LayerChoice(label={label!r}): candidate names must be strings, got {list(named)}"
+            )
+    else:
+        if not isinstance(candidates, Iterable):
+            raise ConfigurationError(
+                f"LayerChoice(label={label!r}): candidates are a list or a mapping of modules, got a "
+                f"{type(candidates).__name__}"
+            )
+        named = {str(i): candidate for i, candidate in enumerate(candidates)}
+    if not named:
+        raise ConfigurationError(f"LayerChoice(label={label!r}): no candidates; at least one is needed")
+    for name, candidate in named.items():
+        if not isinstance(candidate, nn.Module):
+            raise ConfigurationError(
+                f"LayerChoice(label={label!r}): candidate {name!r} is a {type(candidate).__name__}; "
+                "candidates are modules (nn.Identity() for a skip)"
+            )
+    return named
+
+
+def _kind(module: nn.Module, *, deep: bool) -> Hashable:
+    """What makes two candidates the same operation, widths and strides aside.
+
+    A name given by the user says it for what is inside; without names the whole structure is compared. A mutable
+    inside is what it offers, so that a model built under ``fixed_arch`` is still the same space.
+    """
+    if isinstance(module, Mutable):
+        return module.signature()
+    own = (type(module).__qualname__, _size(module, "kernel_size"), _size(module, "dilation"))
+    children = tuple(_kind(child, deep=True) for child in module.children()) if deep else ()
+    return (*own, *children)
+
+
+def _size(module: nn.Module, name: str) -> int | tuple[int, ...] | None:
+    size = getattr(module, name, None)
+    if isinstance(size, list | tuple) and all(isinstance(n, int) for n in size):
+        return tuple(size)
+    return size if isinstance(size, int) else None

@@ -1,0 +1,700 @@
+"""The trainer base: data split, optimizers, phases, logs, checkpoints, export. Written once, for all algorithms."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..cost import CostModel, LatencyTable, best_under_budget, count_macs, count_params
+from ..data import BatchStream, Split, mix_seed, stratified_split, targets_of
+from ..errors import (
+    CheckpointError,
+    ConfigurationError,
+    OneshotError,
+    TrainingDivergedError,
+    UnsupportedModelError,
+)
+from ..export import arch_of, argmax_choices, fingerprint, verified_fixed, write_arch
+from ..files import remove_leftovers
+from ..graph import evaluated
+from ..loggers import JsonLines, Progress, TensorBoard, markdown_table
+from ..mutables import (
+    Argmax,
+    EveryPath,
+    Sampler,
+    after_step,
+    arch_parameters,
+    decisions,
+    draw,
+    set_sampler,
+    weight_parameters,
+)
+from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
+from .meters import Meters
+from .modes import batch_statistics
+from .rng import global_state, restore_global_state, seed_global_state, user_state_kept
+
+__all__ = ["Trainer"]
+
+OptimizerLike = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+
+
+class Trainer(ABC):
+    """Searches the mutables of a model: warm-up of the weights, then weights and alphas together.
+
+    A concrete trainer says what one search step does (``_search_step``), and nothing else. See its docstring for
+    the arguments. Life: construct, perhaps ``resume``, ``train`` (``fit`` is the same), ``export``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: Callable[[Any, Any], Tensor],
+        metrics: Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None,
+        optimizer: OptimizerLike,
+        arch_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        num_epochs: int,
+        dataset: Dataset[Any] | None,
+        arch_dataset: Dataset[Any] | None,
+        valid_dataset: Dataset[Any] | None,
+        arch_fraction: float,
+        warmup_epochs: int,
+        batch_size: int,
+        workers: int,
+        device: torch.device | str | None,
+        log_frequency: int | None,
+        dummy_input: Sequence[int],
+        scheduler: SchedulerFactory | None,
+        warmup_scheduler: SchedulerFactory | None,
+        seed: int,
+        precision: str,
+        devices: int,
+        strategy: str,
+        checkpoint_dir: str | os.PathLike[str] | None,
+        checkpoint_every: int | None,
+        progress: bool | None,
+    ) -> None:
+        _check_counts(num_epochs, warmup_epochs, batch_size, workers, log_frequency, checkpoint_every)
+        self.model = model
+        self.decisions = decisions(model)
+        if not arch_parameters(model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has nothing to search: it holds no LayerChoice, InputChoice or Repeat"
+            )
+        self.loss, self.metrics = loss, metrics
+        self.num_epochs, self.warmup_epochs = num_epochs, warmup_epochs
+        self.dataset, self.valid_dataset = dataset, valid_dataset
+        self.arch_dataset = dataset if arch_dataset is None else arch_dataset
+        self.arch_fraction, self.batch_size, self.workers = arch_fraction, batch_size, workers
+        self.log_frequency, self.dummy_input, self.seed = log_frequency, tuple(dummy_input), seed
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.checkpoint_every, self.progress = checkpoint_every, progress
+        self.fabric = _fabric(device, devices, strategy, precision)
+        self.weights = weight_parameters(model)
+        self.optimizer = _own_optimizer(optimizer, self.weights)
+        self.arch_optimizer = arch_optimizer(arch_parameters(model))
+        self._first_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._factories = {"warmup": warmup_scheduler, "search": scheduler}
+        self.scheduler: LRScheduler | None = None
+        self.generator = torch.Generator().manual_seed(mix_seed(seed, 0))
+        self.step = 0
+        self.arch_batches = 0
+        self.history: list[dict[str, Any]] = []
+        self.split: Split | None = None
+        self.latency_table: LatencyTable | None = None
+        self._meters = Meters()
+        self._argmax = argmax_choices(model)
+        self._costs: dict[str, CostModel] = {}
+        self._latest: dict[str, Tensor | float] = {}
+        self._scheduler_state: dict[str, Any] | None = None
+        self._global_state: dict[str, Any] | None = None
+        self._is_running = False
+        self._stop_signal: int | None = None
+        self._log: JsonLines | None = None
+        self._log_size: int | None = None
+        self._board: TensorBoard | None = None
+        self._arch_iterator: Iterator[Any] = iter(())
+
+    # ---- what a user calls -------------------------------------------------------------------------------------
+
+    def train(self) -> list[dict[str, Any]]:
+        """Run what is left of the warm-up and the search; returns one record per epoch, also ``history``.
+
+        Everything that can be wrong is looked at before the first step. Checkpoints go to ``checkpoint_dir`` after
+        every epoch and every ``checkpoint_every`` steps.
+        """
+        with user_state_kept(), ExitStack() as stack:
+            weight_batches, arch_batches = self._prepare()
+            stack.enter_context(self._running())
+            batches = stack.enter_context(closing(weight_batches.iterate(self.step)))
+            self._arch_iterator = stack.enter_context(closing(arch_batches.iterate(self.arch_batches)))
+            self._enter_run()
+            while self.step < self.total_steps:
+                self._epoch(batches)
+            if self._board is not None:
+                self._board.text("result", markdown_table(self.history[-1:]), self.step)
+        return self.history
+
+    fit = train
+
+    def evaluate(self, dataset: Dataset[Any] | None = None) -> dict[str, float]:
+        """Loss and metrics of the current argmax path on ``dataset`` (default: ``valid_dataset``).
+
+        BatchNorm uses the statistics of each batch, because the running ones of a supernet mix all its paths;
+        nothing of the model moves.
+        """
+        dataset = self.valid_dataset if dataset is None else dataset
+        if dataset is None:
+            raise ConfigurationError("evaluate(): no data; pass a dataset, or valid_dataset to the trainer")
+        meters = Meters()
+        with evaluated(self.model, Argmax()), batch_statistics(self.model):
+            for inputs, target in _even_batches(dataset, self.batch_size):
+                inputs, target = self._to_device(inputs), self._to_device(target)
+                with self.fabric.autocast():
+                    output = self.model(inputs)
+                    loss = self.loss(output, target)
+                meters.add({"loss": loss, **self._measured(output, target)}, weight=len(target))
+        return meters.averages()
+
+    def export(
+        self, path: str | os.PathLike[str] | None = None, *, budget: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """The found architecture as label -> decision, and as a JSON file if ``path`` is given.
+
+        Argmax of every decision; with ``budget`` (cost name -> limit) the most probable architecture that keeps
+        it, exactly. The network is rebuilt and compared with the searched one first; if they differ, ExportError
+        says where and nothing is written.
+        """
+        choices = self._decide(budget)
+        verified_fixed(self.model, choices, self._examples())
+        if path is not None:
+            costs = {name: self.cost_model(name).of(choices) for name in ("params", *self._cost_names())}
+            created_by = {
+                "library": f"oneshot-nas {_version()}",
+                "trainer": type(self).__name__,
+                "seed": self.seed,
+                "budget": dict(budget or {}),
+            }
+            write_arch(path, self.model, choices, costs=costs, created_by=created_by)
+        return arch_of(self.model, choices)
+
+    def export_model(self, *, budget: Mapping[str, float] | None = None) -> nn.Module:
+        """The found architecture as a plain network with the trained weights, compared with the searched one."""
+        return verified_fixed(self.model, self._decide(budget), self._examples())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that ``resume`` needs into one file, atomically."""
+        state = {
+            "trainer": type(self).__name__,
+            "space": fingerprint(self.model),
+            "settings": self._settings(),
+            "step": self.step,
+            "arch_batches": self.arch_batches,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "arch_optimizer": self.arch_optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "generator": self.generator.get_state(),
+            "global": global_state() if self._is_running else self._global_state,
+            "meters": self._meters.state_dict(),
+            "history": self.history,
+            "argmax": self._argmax,
+            "log_size": self._log_size if self._log is None else self._log.size,
+            "latency_table": None if self.latency_table is None else asdict(self.latency_table),
+        }
+        write_checkpoint(Path(path), state)
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """Continue from a checkpoint file, or from the last one of a folder, at the next ``train()``.
+
+        A file that is damaged, or of another model or setting, is a CheckpointError and nothing is changed.
+        """
+        state = read_checkpoint(path)
+        where = str(path)
+        if state["trainer"] != type(self).__name__ or state["space"] != fingerprint(self.model):
+            raise CheckpointError(
+                f"{where}: made by {state['trainer']} for search space {state['space']}, this is "
+                f"{type(self).__name__} with {fingerprint(self.model)}"
+            )
+        different = {k: (v, self._settings()[k]) for k, v in state["settings"].items() if v != self._settings()[k]}
+        if different:
+            text = ", ".join(f"{k} {was!r} there and {now!r} here" for k, (was, now) in different.items())
+            raise CheckpointError(f"{where}: made with other settings: {text}")
+        check_fits(state["model"], self.model, where)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        self.generator.set_state(state["generator"])
+        self._meters.load_state_dict(state["meters"])
+        self.step, self.arch_batches = state["step"], state["arch_batches"]
+        self.history, self._argmax = list(state["history"]), dict(state["argmax"])
+        if state["latency_table"] is not None:
+            self.latency_table = LatencyTable(**state["latency_table"])
+            self._costs.clear()
+        self._scheduler_state, self._global_state = state["scheduler"], state["global"]
+        self._log_size = state["log_size"]
+
+    def cost_model(self, name: str) -> CostModel:
+        """A cost of this search model by name: ``'params'``, ``'macs'``, or the one the trainer was given."""
+        if name not in self._costs:
+            self._costs[name] = self._build_cost(name)
+        return self._costs[name]
+
+    # ---- what a concrete trainer says --------------------------------------------------------------------------
+
+    @abstractmethod
+    def _search_step(self, batch: Any) -> None:
+        """One step of the search phase on a batch of the weight split."""
+
+    @abstractmethod
+    def _warmup_step(self, batch: Any) -> None:
+        """One step of the warm-up."""
+
+    def _cost_names(self) -> tuple[str, ...]:
+        """The costs that this run is steered by."""
+        return ()
+
+    def _build_cost(self, name: str) -> CostModel:
+        if name == "params":
+            return count_params(self.model)
+        if name == "macs":
+            return count_macs(self.model, (self._dummy(),))
+        known = sorted({"params", "macs", *self._cost_names()})
+        raise ConfigurationError(f"cost {name!r}: this run has {known}")
+
+    def _check_run(self) -> None:
+        """Raise for a plan that cannot work, with everything known but before the first step."""
+
+    # ---- pieces of a step --------------------------------------------------------------------------------------
+
+    def _set(self, sampler: Sampler) -> None:
+        set_sampler(self.decisions, sampler)
+        draw(self.decisions, self.generator)
+
+    def _forward(self, batch: Any, loss: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Any, Any]:
+        inputs, target = batch
+        inputs, target = self._to_device(inputs), self._to_device(target)
+        with self.fabric.autocast():
+            output = self.model(inputs)
+            return loss(output, target), output, target
+
+    def _update_weights(self, batch: Any, sampler: Sampler) -> None:
+        """One step of the weights on the paths of ``sampler``; what did not run is not touched."""
+        self._set(sampler)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, output, target = self._forward(batch, self.loss)
+        self._check_finite({"loss": loss})
+        self.fabric.backward(loss)
+        self._average_gradients(self.weights)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._note({"loss": loss, **self._measured(output, target)})
+
+    def _next_arch_batch(self) -> Any:
+        self.arch_batches += 1
+        return next(self._arch_iterator)
+
+    def _after_arch_step(self) -> None:
+        after_step(self.decisions)
+
+    def _note(self, values: Mapping[str, Tensor | float]) -> None:
+        self._meters.add(values)
+        self._latest.update({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
+
+    def _measured(self, output: Any, target: Any) -> dict[str, Tensor | float]:
+        if self.metrics is None:
+            return {}
+        with torch.no_grad():
+            found = self.metrics(output, target)
+        return dict(found) if isinstance(found, Mapping) else {"metric": found}
+
+    def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        # Every process draws the same paths, so the same parameters have gradients everywhere.
+        if self.fabric.world_size > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            flat = self.fabric.all_reduce(torch.cat([g.flatten() for g in gradients]), reduce_op="mean")
+            assert isinstance(flat, Tensor)
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def _check_finite(self, terms: Mapping[str, Tensor]) -> None:
+        if all(bool(torch.isfinite(value)) for value in terms.values()):
+            return
+        last = None if self.checkpoint_dir is None else self.checkpoint_dir / LAST
+        where = f"resume({str(last)!r})" if last is not None and last.exists() else "none was written"
+        values = ", ".join(f"{name} = {float(value.detach())}" for name, value in terms.items())
+        raise TrainingDivergedError(
+            f"step {self.step} ({self.phase}, epoch {self.epoch}): {values}. Last good checkpoint: {where}. "
+            "Lower the learning rate, or look at the data of this step"
+        )
+
+    # ---- where in the run we are -------------------------------------------------------------------------------
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Weight batches of an epoch; known once the data are split."""
+        if self.split is None:
+            raise ConfigurationError("the number of steps is known once train() has split the data")
+        return len(self.split.weight) // (self.batch_size * self.fabric.world_size)
+
+    @property
+    def total_steps(self) -> int:
+        return (self.warmup_epochs + self.num_epochs) * self.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the whole run, the warm-up included."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def phase(self) -> str:
+        return "warmup" if self.epoch < self.warmup_epochs else "search"
+
+    @property
+    def search_step(self) -> int:
+        """Steps done in the search phase, negative during the warm-up."""
+        return self.step - self.warmup_epochs * self.steps_per_epoch
+
+    # ---- the run -----------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> tuple[BatchStream, BatchStream]:
+        dataset, arch_dataset = self.dataset, self.arch_dataset
+        if dataset is None or arch_dataset is None:
+            raise ConfigurationError(
+                "train(): dataset=None; give the training set as dataset=, it is split into a part for the weights "
+                "and a part for the architecture"
+            )
+        n, n_arch = len(dataset), len(arch_dataset)  # type: ignore[arg-type]
+        if n != n_arch:
+            raise ConfigurationError(
+                f"dataset has {n} samples and arch_dataset {n_arch}; it must be the same samples in the same order"
+            )
+        self.split = stratified_split(targets_of(dataset), self.arch_fraction, mix_seed(self.seed, 4) % 2**32, n)
+        common: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "workers": self.workers,
+            "rank": self.fabric.global_rank,
+            "world_size": self.fabric.world_size,
+        }
+        streams = (
+            BatchStream(dataset, self.split.weight, seed=mix_seed(self.seed, 5), **common),
+            BatchStream(arch_dataset, self.split.arch, seed=mix_seed(self.seed, 6), **common),
+        )
+        self._check_one_batch(dataset)
+        self._check_run()
+        self.fabric.launch()
+        self.fabric.to_device(self.model)
+        if self.checkpoint_dir is not None and self.fabric.is_global_zero:
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.checkpoint_dir)
+        return streams
+
+    def _check_one_batch(self, dataset: Dataset[Any]) -> None:
+        """Run two samples along every path: candidates of unequal shape, or a loss that fails, show here."""
+        inputs, target = next(iter(_even_batches(Subset(dataset, [0, 1]), 2)))
+        with evaluated(self.model, EveryPath()):
+            device = next(self.model.parameters()).device
+            try:
+                output = self.model(inputs.to(device))
+                loss = self.loss(output, target.to(device))
+            except OneshotError:
+                raise
+            except Exception as error:
+                shape = tuple(inputs.shape)
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} or its loss does not run on a batch of the dataset, inputs of "
+                    f"shape {shape}: {type(error).__name__}: {error}"
+                ) from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ConfigurationError(f"loss(output, target) must return one number as a tensor, got {got}")
+
+    def _enter_run(self) -> None:
+        """Random state and schedulers, either fresh or as they were left."""
+        scheduler, self._scheduler_state = self._scheduler_state, None
+        if self._global_state is None:
+            seed_global_state(self.seed)
+        if not self._at_phase_start():
+            lrs = [group["lr"] for group in self.optimizer.param_groups]
+            self._build_scheduler()
+            if self.scheduler is not None and scheduler is not None:
+                self.scheduler.load_state_dict(scheduler)
+            for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
+        if self._global_state is not None:
+            restore_global_state(self._global_state)
+
+    def _at_phase_start(self) -> bool:
+        return self.step in (0, self.warmup_epochs * self.steps_per_epoch)
+
+    def _build_scheduler(self) -> None:
+        factory = self._factories[self.phase]
+        epochs = self.warmup_epochs if self.phase == "warmup" else self.num_epochs
+        for group, lr in zip(self.optimizer.param_groups, self._first_lrs, strict=True):
+            group.pop("initial_lr", None)
+            group["lr"] = lr
+        self.scheduler = None if factory is None else factory(self.optimizer, epochs * self.steps_per_epoch)
+
+    def _epoch(self, batches: Iterator[Any]) -> None:
+        """The rest of the current epoch."""
+        epoch, phase = self.epoch, self.phase
+        if self._at_phase_start():
+            self._build_scheduler()
+        if self.step % self.steps_per_epoch == 0:
+            self._meters = Meters()
+        self.model.train()
+        step_of = self._warmup_step if phase == "warmup" else self._search_step
+        line = Progress(self.steps_per_epoch, f"{phase} {epoch}", self.step % self.steps_per_epoch, self._shows())
+        with closing(line):
+            while self.epoch == epoch:
+                self._latest = {}
+                step_of(next(batches))
+                self.step += 1
+                line.update(self._progress_values() if line.shown else {})
+                if self.log_frequency and self.step % self.log_frequency == 0:
+                    self._log_values("step", phase, epoch, {k: float(v) for k, v in self._latest.items()})
+                if self.epoch != epoch:
+                    self._end_epoch(phase, epoch)
+                self._maybe_checkpoint(at_epoch_end=self.epoch != epoch)
+
+    def _end_epoch(self, phase: str, epoch: int) -> None:
+        now = argmax_choices(self.model)
+        values: dict[str, Any] = dict(self._meters.averages())
+        values["entropy"] = self._entropy()
+        values["changed"] = sum(now[label] != self._argmax[label] for label in now)
+        values.update(self._cost_values())
+        if self.valid_dataset is not None:
+            values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
+        self._argmax = now
+        self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
+        self._log_values("epoch", phase, epoch, values)
+        if self._board is not None:
+            probabilities = {k: d.alpha.detach().softmax(0).tolist() for k, d in self.decisions.items()}
+            self._board.probabilities(self.step, probabilities)
+
+    def _log_values(self, kind: str, phase: str, epoch: int, values: Mapping[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write({"kind": kind, "phase": phase, "epoch": epoch, "step": self.step, **values})
+        if self._board is not None:
+            self._board.scalars(self.step, {f"{kind}/{name}": float(value) for name, value in values.items()})
+
+    def _progress_values(self) -> dict[str, float | str]:
+        shown: dict[str, float | str] = dict(self._meters.averages())
+        shown["entropy"] = self._entropy()
+        return {**shown, **self._cost_values()}
+
+    @torch.no_grad()
+    def _cost_values(self) -> dict[str, float]:
+        """Soft cost (expected under softmax of alpha) and hard cost (of the network exported now), by name."""
+        p = {label: d.alpha.softmax(0) for label, d in self.decisions.items()}
+        choices = argmax_choices(self.model)
+        values = {}
+        for name in self._cost_names():
+            cost = self.cost_model(name)
+            values[f"{name}_soft"], values[f"{name}_hard"] = float(cost.expected(p)), cost.of(choices)
+        return values
+
+    @torch.no_grad()
+    def _entropy(self) -> float:
+        """Mean over the decisions of - sum p ln p, in nats."""
+        rows = [d.alpha.double().log_softmax(0) for d in self.decisions.values()]
+        return float(torch.stack([-(row.exp() * row).sum() for row in rows]).mean())
+
+    def _maybe_checkpoint(self, *, at_epoch_end: bool) -> None:
+        due = at_epoch_end or (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0)
+        if self.checkpoint_dir is None or not (due or self._stop_signal is not None):
+            return
+        if self.fabric.is_global_zero:
+            self.save(self.checkpoint_dir / LAST)
+        if self._stop_signal is not None:
+            raise SystemExit(128 + self._stop_signal)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Logs open, SIGTERM caught, and the run's random state kept for the next train()."""
+        writes = self.checkpoint_dir is not None and self.fabric.is_global_zero
+        self._stop_signal = None
+        with ExitStack() as stack:
+            stack.callback(self._leave_run)
+            if writes and self.checkpoint_dir is not None:
+                self._log = stack.enter_context(JsonLines(self.checkpoint_dir / "log.jsonl", self._log_size or 0))
+                board = TensorBoard(self.checkpoint_dir / "tensorboard", purge_step=self.step or None)
+                self._board = stack.enter_context(closing(board))
+            if self.checkpoint_dir is not None:
+                stack.enter_context(_signal_handled(signal.SIGTERM, self._request_stop))
+            self._is_running = True
+            yield
+
+    def _leave_run(self) -> None:
+        if self._is_running:
+            self._global_state = global_state()
+        self._scheduler_state = None if self.scheduler is None else self.scheduler.state_dict()
+        self._log_size = None if self._log is None else self._log.size
+        self._is_running, self._log, self._board = False, None, None
+
+    def _request_stop(self, number: int) -> None:
+        self._stop_signal = number
+
+    # ---- small things ------------------------------------------------------------------------------------------
+
+    def _decide(self, budget: Mapping[str, float] | None) -> dict[str, int]:
+        if not budget:
+            return argmax_choices(self.model)
+        log_p = {k: d.alpha.detach().double().log_softmax(0).tolist() for k, d in self.decisions.items()}
+        return best_under_budget(log_p, {name: self.cost_model(name) for name in budget}, budget)
+
+    def _dummy(self) -> Tensor:
+        parameter = next(self.model.parameters())
+        return torch.rand(self.dummy_input, generator=torch.Generator().manual_seed(0)).to(parameter)
+
+    def _examples(self) -> list[tuple[Any, ...]]:
+        """What an export is verified on: a sample of the data if there are any, and random numbers."""
+        parameter = next(self.model.parameters())
+        if self.dataset is None:
+            return [(self._dummy(),)]
+        sample, _ = next(iter(_even_batches(Subset(self.dataset, [0]), 1)))
+        sample = sample.to(parameter) if sample.is_floating_point() else sample.to(parameter.device)
+        if not sample.is_floating_point():
+            return [(sample,)]
+        noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample)
+        return [(sample,), (noise,)]
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same when a run is taken up again."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "arch_fraction": self.arch_fraction,
+            "warmup_epochs": self.warmup_epochs,
+            "world_size": self.fabric.world_size,
+        }
+
+    def _shows(self) -> bool | None:
+        return self.progress if self.fabric.is_global_zero else False
+
+    def _to_device(self, data: Any) -> Any:
+        return self.fabric.to_device(data)
+
+
+def _check_counts(
+    num_epochs: int,
+    warmup_epochs: int,
+    batch_size: int,
+    workers: int,
+    log_frequency: int | None,
+    checkpoint_every: int | None,
+) -> None:
+    least = {
+        "num_epochs": (num_epochs, 0),
+        "warmup_epochs": (warmup_epochs, 0),
+        "batch_size": (batch_size, 1),
+        "workers": (workers, 0),
+        "log_frequency": (log_frequency, 1),
+        "checkpoint_every": (checkpoint_every, 1),
+    }
+    for name, (value, low) in least.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            raise ConfigurationError(f"{name}={value!r}: an integer of at least {low} is needed")
+
+
+def _fabric(device: torch.device | str | None, devices: int, strategy: str, precision: str) -> Fabric:
+    allowed = ("32-true", "bf16-mixed", "16-mixed")
+    if precision not in allowed:
+        raise ConfigurationError(f"precision={precision!r}: allowed are {list(allowed)}; alphas stay in float32")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    chosen: int | list[int] = devices if device.index is None or devices > 1 else [device.index]
+    return Fabric(accelerator=device.type, devices=chosen, strategy=strategy, precision=precision)  # type: ignore[arg-type]
+
+
+def _own_optimizer(optimizer: OptimizerLike, weights: list[nn.Parameter]) -> Optimizer:
+    """An optimizer of the user's class and settings for the weights only.
+
+    The user's own one was built from ``model.parameters()``, alphas included, and is left as it is.
+    """
+    if not isinstance(optimizer, Optimizer):
+        return optimizer(weights)
+    mine = {id(p) for p in weights}
+    groups = []
+    for group in optimizer.param_groups:
+        kept = [p for p in group["params"] if id(p) in mine]
+        if kept:
+            groups.append({**group, "params": kept})
+    if not groups:
+        raise ConfigurationError(
+            "optimizer: none of its parameters is a weight of the model; build it from model.parameters()"
+        )
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    settings = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+    own = type(optimizer)(groups, **settings)
+    for p in weights:
+        if p in optimizer.state:
+            own.state[p] = dict(optimizer.state[p])
+    return own
+
+
+def _even_batches(dataset: Dataset[Any], batch_size: int) -> Iterator[tuple[Any, Any]]:
+    """The whole dataset in order, in batches of nearly one size, so that none is too small for BatchNorm."""
+    n = len(dataset)  # type: ignore[arg-type]
+    if n == 0:
+        raise ConfigurationError("the dataset is empty; at least one sample is needed")
+    n_batches = math.ceil(n / batch_size)
+    bounds = [round(i * n / n_batches) for i in range(n_batches + 1)]
+    rows = [list(range(a, b)) for a, b in pairwise(bounds)]
+    for batch in DataLoader(dataset, batch_sampler=rows, generator=torch.Generator()):
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+            raise ConfigurationError(f"the dataset must give pairs (input, target), got {type(batch).__name__}")
+        yield batch[0], batch[1]
+
+
+@contextmanager
+def _signal_handled(number: signal.Signals, handle: Callable[[int], None]) -> Iterator[None]:
+    """Call ``handle`` on a signal in the main thread of this process; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            handle(number)
+        else:  # a loader process inherits the handler, and must still end when it is told to
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("oneshot-nas")
+    except PackageNotFoundError:
+        return "(not installed)"

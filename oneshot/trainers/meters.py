@@ -1,0 +1,45 @@
+"""Running averages of an epoch, kept on the device until they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+__all__ = ["Meters"]
+
+
+@final
+class Meters:
+    """Sum and number of each named value; float64, so that a resumed epoch averages to the same bit.
+
+    >>> meters = Meters()
+    >>> for value in (1.0, 2.0, 6.0):
+    ...     meters.add({"loss": torch.tensor(value)})
+    >>> meters.averages()
+    {'loss': 3.0}
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor | float], weight: int = 1) -> None:
+        """Add one value of each name, ``weight`` times."""
+        for name, value in values.items():
+            number = torch.as_tensor(value).detach().to(torch.float64) * weight
+            self.sums[name] = self.sums[name] + number if name in self.sums else number
+            self.counts[name] = self.counts.get(name, 0) + weight
+
+    def averages(self) -> dict[str, float]:
+        """The averages so far."""
+        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {k: float(v) for k, v in self.sums.items()}, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in state["sums"].items()}
+        self.counts = dict(state["counts"])

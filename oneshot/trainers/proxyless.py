@@ -1,0 +1,318 @@
+"""ProxylessNAS (arXiv 1812.00332): path-binarised search with a differentiable latency."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from ..cost import CostModel, LatencyTable, measure_latency, price
+from ..errors import ConfigurationError
+from ..losses import add_linear, mul_log
+from ..mutables import BinaryGates
+from .base import OptimizerLike, SchedulerFactory, Trainer
+from .modes import frozen_statistics, frozen_weights
+
+__all__ = ["ProxylessTrainer"]
+
+_REQUIRED = {"mul#log": ("alpha", "beta"), "add#linear": ("lambda",)}
+_DEFAULT_REFERENCE = 65.0  # milliseconds
+_UNITS = {"params": "parameters", "macs": "MACs", "latency_ms": "ms"}
+
+
+@final
+class ProxylessTrainer(Trainer):
+    """Searches the mutables of a network with binary gates and an expected latency.
+
+    Each weight step draws one path from p = softmax(alpha) and trains its weights. Every ``arch_every`` such steps
+    an arch step takes a batch of the held-out split, draws two paths per decision (or the gates of all, ``paths``)
+    and moves alpha only: no weight and no BatchNorm buffer changes. Its loss L combines the task loss CE with the
+    expected cost E, which is differentiable, dE/dalpha_i = p_i (t_i - sum_k p_k t_k):
+
+    * ``'add#linear'``: L = CE + lambda (E - ref) / ref, needs ``grad_reg_loss_params={'lambda': ...}``;
+    * ``'mul#log'``: L = CE alpha (ln E / ln ref)^beta, needs ``'alpha'`` and ``'beta'``, and E, ref > 1.
+
+    Neither is a constraint: give ``export`` a ``budget`` to meet one exactly.
+
+    Args:
+        model: the network, with LayerChoice, InputChoice, Repeat in it.
+        loss: ``(output, target) -> scalar``. ``arch_loss`` is used in arch steps instead, if given.
+        metrics: ``(output, target) -> mapping of numbers`` (or one number), averaged over an epoch.
+        optimizer: an optimizer built from ``model.parameters()``, or a function from a list of parameters to one.
+            Its class, groups and settings are taken over for the weights; alphas in it are left out.
+        num_epochs: search epochs; ``warmup_epochs`` epochs of weights alone come before them.
+        dataset: training set of (input, target) pairs. ``arch_fraction`` of it, stratified and seeded, is held out
+            for the alphas. ``arch_dataset``: the same samples in the same order with other transforms, for them.
+        valid_dataset: evaluated on the argmax path after each epoch; nothing is trained on it.
+        device, devices, strategy, precision: handed to Lightning Fabric; device None takes a GPU if there is one.
+        log_frequency: steps between two lines of ``log.jsonl``; epochs are always logged.
+        arc_learning_rate: of Adam with betas (0, 0.999) and no weight decay for the alphas.
+        applied_hardware: None, ``'this-machine'`` (every candidate is timed on the CPU), ``'flops'`` (MACs), a
+            latency table as a mapping or ``LatencyTable``, or the path of one as YAML or JSON.
+        cost: instead of a latency: ``'params'``, ``'macs'``, or a ``CostModel``.
+        dummy_input: shape that costs are counted or timed for, with its batch dimension.
+        ref_latency: the reference ref, in ms; in MACs or parameters if that is the cost.
+        arch_every, skip_first_epoch: an arch step after every so many weight steps; none in the first search epoch.
+        paths: 2, or 'all'. ``rescale``: keep the probability of what was not drawn (two paths only).
+        scheduler, warmup_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after every weight step.
+        seed: of the split, the order of the data, augmentation, dropout and paths.
+        checkpoint_dir: where checkpoints, ``log.jsonl``, TensorBoard files and the measured table go;
+            ``checkpoint_every``: steps between checkpoints besides those at the end of an epoch.
+        progress: show a progress line; None: on a terminal.
+
+    >>> from oneshot import LayerChoice
+    >>> net = nn.Sequential(LayerChoice([nn.Linear(4, 4), nn.Identity()]), nn.Linear(4, 2))
+    >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.arange(64) % 2)
+    >>> trainer = ProxylessTrainer(
+    ...     net, loss=nn.CrossEntropyLoss(), metrics=None, dataset=data, num_epochs=2, batch_size=8, workers=0,
+    ...     optimizer=torch.optim.SGD(net.parameters(), lr=0.1), device="cpu",
+    ...     cost="params", grad_reg_loss_params={"lambda": 1.0}, ref_latency=20,
+    ... )
+    >>> history = trainer.train()
+    >>> trainer.export(budget={"params": 10})  # Linear(4, 2) has 10, Linear(4, 4) 20 more
+    {'0': 1}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: Callable[[Any, Any], Tensor],
+        metrics: Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None,
+        optimizer: OptimizerLike,
+        num_epochs: int = 120,
+        dataset: Dataset[Any] | None = None,
+        warmup_epochs: int = 0,
+        batch_size: int = 64,
+        workers: int = 4,
+        device: torch.device | str | None = None,
+        log_frequency: int | None = None,
+        arc_learning_rate: float = 1e-3,
+        grad_reg_loss_type: Literal["mul#log", "add#linear"] | None = "add#linear",
+        grad_reg_loss_params: Mapping[str, float] | None = None,
+        applied_hardware: str | os.PathLike[str] | Mapping[str, Any] | LatencyTable | None = None,
+        dummy_input: Sequence[int] = (1, 3, 224, 224),
+        ref_latency: float = _DEFAULT_REFERENCE,
+        cost: str | CostModel | None = None,
+        arch_loss: Callable[[Any, Any], Tensor] | None = None,
+        arch_dataset: Dataset[Any] | None = None,
+        valid_dataset: Dataset[Any] | None = None,
+        arch_fraction: float = 0.2,
+        arch_every: int = 5,
+        skip_first_epoch: bool = True,
+        paths: Literal[2, "all"] = 2,
+        rescale: bool = True,
+        scheduler: SchedulerFactory | None = None,
+        warmup_scheduler: SchedulerFactory | None = None,
+        seed: int = 0,
+        precision: str = "32-true",
+        devices: int = 1,
+        strategy: str = "auto",
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        if paths not in (2, "all"):
+            raise ConfigurationError(f"paths={paths!r}: allowed are 2 and 'all'")
+        if not isinstance(arch_every, int) or arch_every < 1:
+            raise ConfigurationError(f"arch_every={arch_every!r}: an integer of at least 1 is needed")
+        super().__init__(
+            model,
+            loss=loss,
+            metrics=metrics,
+            optimizer=optimizer,
+            arch_optimizer=_arch_adam(arc_learning_rate),
+            num_epochs=num_epochs,
+            dataset=dataset,
+            arch_dataset=arch_dataset,
+            valid_dataset=valid_dataset,
+            arch_fraction=arch_fraction,
+            warmup_epochs=warmup_epochs,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            log_frequency=log_frequency,
+            dummy_input=dummy_input,
+            scheduler=scheduler,
+            warmup_scheduler=warmup_scheduler,
+            seed=seed,
+            precision=precision,
+            devices=devices,
+            strategy=strategy,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+        self.arch_loss = loss if arch_loss is None else arch_loss
+        self.arch_every, self.skip_first_epoch = arch_every, skip_first_epoch
+        self.gates, self.rescale = BinaryGates(paths), rescale
+        self.hardware, self.ref_latency = applied_hardware, float(ref_latency)
+        self.regularization, self.regularization_params = grad_reg_loss_type, dict(grad_reg_loss_params or {})
+        self._given_cost = cost if isinstance(cost, CostModel) else None
+        self.cost_name = self._name_cost(cost)
+        if self.cost_name is not None:
+            self._check_regularization(self.cost_name)
+        if isinstance(applied_hardware, LatencyTable):
+            self.latency_table = applied_hardware
+        elif isinstance(applied_hardware, Mapping) or self._is_path():
+            self.latency_table = LatencyTable.read(applied_hardware)  # type: ignore[arg-type]
+
+    # ---- the algorithm -----------------------------------------------------------------------------------------
+
+    def _warmup_step(self, batch: Any) -> None:
+        self._update_weights(batch, BinaryGates(1))
+
+    def _search_step(self, batch: Any) -> None:
+        self._update_weights(batch, BinaryGates(1))
+        if self._arch_step_due():
+            self._arch_step(self._next_arch_batch())
+
+    def _arch_step_due(self) -> bool:
+        done = self.search_step + 1 - (self.steps_per_epoch if self.skip_first_epoch else 0)
+        return done > 0 and done % self.arch_every == 0
+
+    def _arch_step(self, batch: Any) -> None:
+        """One step of the alphas; the weights and the BatchNorm statistics stay."""
+        self._set(self.gates)
+        self.arch_optimizer.zero_grad(set_to_none=True)
+        with frozen_weights(self.weights), frozen_statistics(self.model):
+            task, _, _ = self._forward(batch, self.arch_loss)
+            expected = self._expected_cost()
+            # The loss sees the cost as a variable of its own, so that both parts of alpha's gradient are known.
+            variable = None if expected is None else expected.detach().requires_grad_()
+            total = task if variable is None else self._regularized(task, variable)
+            self._check_finite({"arch_loss": total, "task_loss": task, **_named(self.cost_name, expected)})
+            self.fabric.backward(total)
+        alphas = [d.alpha for d in self.decisions.values()]
+        share = 0.0 if variable is None or expected is None else _add_cost_gradient(alphas, expected, variable)
+        self._average_gradients(alphas)
+        self.arch_optimizer.step()
+        if self.rescale:
+            self._after_arch_step()
+        self._note({"arch_loss": total, "cost_share": share, **_named(self.cost_name, expected)})
+
+    def _expected_cost(self) -> Tensor | None:
+        """E under the distribution that this step's gates have: in two-path mode the pair's own softmax."""
+        if self.cost_name is None:
+            return None
+        return self.cost_model(self.cost_name).expected(
+            {label: decision.probabilities() for label, decision in self.decisions.items()}
+        )
+
+    def _regularized(self, task: Tensor, expected: Tensor) -> Tensor:
+        params = self.regularization_params
+        if self.regularization == "add#linear":
+            return add_linear(task, expected, self.ref_latency, weight=params["lambda"])
+        if self.regularization == "mul#log":
+            return mul_log(task, expected, self.ref_latency, alpha=params["alpha"], beta=params["beta"])
+        return task
+
+    # ---- its cost ----------------------------------------------------------------------------------------------
+
+    def _name_cost(self, cost: str | CostModel | None) -> str | None:
+        if cost is not None and self.hardware is not None:
+            raise ConfigurationError(
+                f"cost={cost!r} and applied_hardware={self.hardware!r}: a run is steered by one cost, give one"
+            )
+        if isinstance(cost, CostModel):
+            return cost.name
+        if cost is not None and cost not in ("params", "macs"):
+            raise ConfigurationError(
+                f"cost={cost!r}: allowed are 'params', 'macs' and a CostModel; a latency is applied_hardware="
+            )
+        if self.hardware is None:
+            return cost
+        if self.hardware == "flops":
+            return "macs"
+        return "latency_ms"
+
+    def _is_path(self) -> bool:
+        hardware = self.hardware
+        if isinstance(hardware, str) and hardware not in ("flops", "this-machine"):
+            if not Path(hardware).suffix and not Path(hardware).exists():
+                raise ConfigurationError(
+                    f"applied_hardware={hardware!r}: allowed are 'this-machine', 'flops', a mapping of milliseconds, "
+                    "or the path of a YAML or JSON latency table"
+                )
+            return True
+        return isinstance(hardware, os.PathLike)
+
+    def _check_regularization(self, cost_name: str) -> None:
+        kind, given = self.regularization, self.regularization_params
+        if kind is None:
+            return
+        if kind not in _REQUIRED:
+            raise ConfigurationError(f"grad_reg_loss_type={kind!r}: allowed are {[*_REQUIRED, None]}")
+        missing = [key for key in _REQUIRED[kind] if key not in given]
+        if missing:
+            raise ConfigurationError(
+                f"grad_reg_loss_params={given or None}: {kind!r} needs {list(_REQUIRED[kind])}, missing {missing}"
+            )
+        unit = self._given_cost.unit if self._given_cost is not None else _UNITS[cost_name]
+        if unit != "ms" and self.ref_latency == _DEFAULT_REFERENCE:
+            raise ConfigurationError(
+                f"ref_latency={_DEFAULT_REFERENCE} is the default in ms; the cost is {cost_name!r}, so give the "
+                f"reference in {unit}"
+            )
+        if self.ref_latency <= (1 if kind == "mul#log" else 0):
+            low = "above 1, because of its logarithm" if kind == "mul#log" else "above 0"
+            raise ConfigurationError(f"ref_latency={self.ref_latency} {unit}: {kind!r} needs it {low}")
+
+    def _cost_names(self) -> tuple[str, ...]:
+        return () if self.cost_name is None else (self.cost_name,)
+
+    def _build_cost(self, name: str) -> CostModel:
+        if self._given_cost is not None and name == self._given_cost.name:
+            return self._given_cost
+        if name != "latency_ms" or self.hardware in (None, "flops"):
+            return super()._build_cost(name)
+        if self.latency_table is None:
+            self.latency_table = measure_latency(self.model, (self._dummy(),))
+        return price(self.model, (self._dummy(),), self.latency_table)
+
+    def _check_run(self) -> None:
+        searched = self.num_epochs - (1 if self.skip_first_epoch else 0)
+        if searched * self.steps_per_epoch < self.arch_every and self.num_epochs:
+            raise ConfigurationError(
+                f"no arch step would be made: {self.num_epochs} search epochs of {self.steps_per_epoch} steps"
+                f"{', the first one without' if self.skip_first_epoch else ''}, and one every {self.arch_every} steps"
+            )
+        if self.cost_name is None:
+            return
+        cost = self.cost_model(self.cost_name)
+        if self.hardware == "this-machine" and self.checkpoint_dir is not None and self.latency_table is not None:
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            self.latency_table.write(self.checkpoint_dir / "latency_table.yaml")
+        if self.regularization == "mul#log":
+            uniform = {k: torch.full((len(d.options),), 1 / len(d.options)) for k, d in self.decisions.items()}
+            mul_log(torch.tensor(1.0), cost.expected(uniform), self.ref_latency, alpha=1.0, beta=1.0)
+
+
+def _arch_adam(lr: float) -> Callable[[list[nn.Parameter]], Optimizer]:
+    # The first beta is 0, as in the paper's code: with momentum a pair would drift on in steps it is not drawn in.
+    return lambda alphas: torch.optim.Adam(alphas, lr=lr, betas=(0.0, 0.999), weight_decay=0.0)
+
+
+def _add_cost_gradient(alphas: Sequence[nn.Parameter], expected: Tensor, variable: Tensor) -> float | Tensor:
+    """Add dL/dE dE/dalpha to the gradients; returns the cost's share of their L1 norm, in [0, 1]."""
+    if variable.grad is None:
+        return 0.0
+    of_cost = torch.autograd.grad(expected, list(alphas), grad_outputs=variable.grad, allow_unused=True)
+    norms = [torch.zeros((), device=variable.device), torch.zeros((), device=variable.device)]
+    for alpha, gradient in zip(alphas, of_cost, strict=True):
+        if alpha.grad is not None:
+            norms[0] = norms[0] + alpha.grad.abs().sum()
+        if gradient is not None:
+            norms[1] = norms[1] + gradient.abs().sum()
+            alpha.grad = gradient if alpha.grad is None else alpha.grad + gradient
+    return norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
+
+
+def _named(name: str | None, value: Tensor | None) -> dict[str, Tensor]:
+    return {} if name is None or value is None else {f"{name}_expected": value}
