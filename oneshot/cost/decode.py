@@ -60,7 +60,7 @@ def best_under_budget(
     for _ in range(_MOST_CUTS):
         choices = program.minimum(score)
         if choices is None:
-            raise InfeasibleTargetError(_infeasible(costs, budget))
+            break
         above = [name for name, limit in budget.items() if costs[name].of(choices) > limit]
         if not above:
             return choices

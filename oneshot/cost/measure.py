@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Measurement, Timer
 
+from ..errors import UnsupportedModelError
 from ..graph import Call, evaluated
-from ..mutables import LayerChoice, Mutable, OnePath, Repeat, decisions
+from ..mutables import Decision, LayerChoice, Mutable, OnePath, Repeat, decisions
 from .table import LatencyTable, mutable_calls, option_name, price
 
 __all__ = ["measure_latency", "time_module"]
@@ -23,9 +24,9 @@ _ROUNDS = 3
 _ENDS = (0, -1)  # the first and the last option of every choice
 
 
-def time_module(module: nn.Module, args: Sequence[Any], *, min_run_time: float = 0.05) -> float:
-    """Median milliseconds of ``module(*args)`` on one CPU thread, in eval mode without grad; modes are put back."""
-    with evaluated(module):
+def time_module(module: Callable[..., Any], args: Sequence[Any], *, min_run_time: float = 0.05) -> float:
+    """Median milliseconds of ``module(*args)`` on one CPU thread, in eval mode if it is a module, without grad."""
+    with evaluated(module) if isinstance(module, nn.Module) else torch.no_grad():
         return _milliseconds([_timed(lambda: module(*args), min_run_time)])
 
 
@@ -39,14 +40,23 @@ def measure_latency(
     """Time every candidate of every choice of a search model on the CPU with one thread.
 
     Every candidate is timed in ``3`` interleaved rounds of at least ``min_run_time`` seconds, and its median kept. A
-    candidate that holds choices itself is priced without them. ``fixed`` is what two whole networks (the first
-    and the last option everywhere) take beyond their priced candidates. Milliseconds for ``args`` as it is,
-    whatever its batch size.
+    candidate that holds choices itself is priced without them; a choice that is called several times has the mean
+    of its calls. ``fixed`` is what two whole networks (the first and the last option everywhere) take beyond their
+    priced candidates. Milliseconds for ``args`` as it is, whatever its batch size. The model, the number of threads
+    and the random numbers of torch on the CPU are afterwards as they were; UnsupportedModelError for a model that is
+    elsewhere.
     """
+    elsewhere = {p.device.type for p in model.parameters()} - {"cpu"}
+    if elsewhere:
+        raise UnsupportedModelError(
+            f"latency is measured on the CPU, parameters of {type(model).__name__} are on {sorted(elsewhere)}: "
+            "measure before the model is moved, or give a table of that device"
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with evaluated(model):
+        # How often a candidate runs depends on the clock, so a random layer would leave a random state behind.
+        with torch.random.fork_rng(devices=[]), evaluated(model):
             return _measure(model, args, min_run_time, progress)
     finally:
         torch.set_num_threads(threads)
@@ -55,15 +65,17 @@ def measure_latency(
 def _measure(
     model: nn.Module, args: Sequence[Any], min_run_time: float, progress: Callable[[str], None] | None
 ) -> LatencyTable:
+    known = decisions(model)
+    ends = {end: {label: range(len(d.options))[end] for label, d in known.items()} for end in _ENDS}
     calls = mutable_calls(model, args, keep=True)
-    stages = {(call.path, option): run for call in calls for option, run in _stages(call)}
+    stages = {(call.number, k): run for call in calls for k, run in enumerate(_stages(call))}
     samples: dict[Any, list[Measurement]] = {}
     # Interleaved, so that a slow moment of the machine meets all candidates alike.
     for done in range(_ROUNDS):
         for end in _ENDS:
-            _pin(model, end)
+            _pin(known, ends[end])
             samples.setdefault(end, []).append(_timed(lambda: model(*args), min_run_time))
-        _pin(model, 0)
+        _pin(known, ends[0])
         for n, (key, run) in enumerate(stages.items(), start=1):
             samples.setdefault(key, []).append(_timed(run, min_run_time))
             if progress is not None:
@@ -71,38 +83,33 @@ def _measure(
     took = {key: _milliseconds(found) for key, found in samples.items()}
     places = _own_times(calls, took)
     candidates_only = price(model, args, LatencyTable(by_place=places, fixed=0.0))
-    beyond = [took[end] - candidates_only.of(_ends(model, end)) for end in _ENDS]
+    beyond = [took[end] - candidates_only.of(ends[end]) for end in _ENDS]
     return LatencyTable(
         by_place=places, fixed=max(0.0, statistics.median(beyond)), runtime=_runtime(), source="this machine"
     )
 
 
-def _stages(call: Call) -> list[tuple[str, Callable[[], Any]]]:
-    """What is timed of one mutable: each candidate, or the row of blocks of each depth."""
+def _stages(call: Call) -> list[Callable[[], Any]]:
+    """What is timed of one call of a mutable: each candidate, or the row of blocks of each depth."""
     args, kwargs = pytree.tree_map_only(Tensor, _random_like, (call.args, dict(call.kwargs)))
     module = call.module
     if isinstance(module, Repeat):
         rows = [nn.Sequential(*module.blocks[:depth]) for depth in module.options]
-        return [(option_name(depth), partial(row, *args)) for depth, row in zip(module.options, rows, strict=True)]
+        return [partial(row, *args, *kwargs.values()) for row in rows]
     assert isinstance(module, LayerChoice)
-    return [
-        (option_name(option), partial(candidate, *args, **kwargs))
-        for option, candidate in zip(module.options, module, strict=True)
-    ]
+    return [partial(candidate, *args, **kwargs) for candidate in module]
 
 
 def _own_times(calls: Sequence[Call], took: Mapping[Any, float]) -> dict[str, dict[str, float]]:
     """Times without the choices inside, which ran at their first option and are priced by themselves."""
-    places: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for call in calls:
-        module = call.module
-        assert isinstance(module, Mutable)
-        row = places.setdefault(call.path, {})
-        for option in module.options:
-            inner = _directly_inside(_prefixes(call.path, module, option), calls)
-            of_inner = sum(took[c.path, option_name(_options(c)[0])] for c in inner)
-            row[option_name(option)] = max(0.0, took[call.path, option_name(option)] - of_inner)
-    return places
+        inner = [(c.parent[1], took[c.number, 0]) for c in calls if c.parent is not None and c.parent[0] == call.number]
+        row = found.setdefault(call.path, {})
+        for k, option in enumerate(_options(call)):
+            own = took[call.number, k] - sum(ms for under, ms in inner if k in under)
+            row.setdefault(option_name(option), []).append(max(0.0, own))
+    return {path: {name: statistics.fmean(times) for name, times in row.items()} for path, row in found.items()}
 
 
 def _options(call: Call) -> tuple[Any, ...]:
@@ -110,28 +117,9 @@ def _options(call: Call) -> tuple[Any, ...]:
     return call.module.options
 
 
-def _prefixes(path: str, module: Mutable, option: Any) -> list[str]:
-    head = f"{path}." if path else ""
-    if isinstance(module, Repeat):
-        return [f"{head}blocks.{i}" for i in range(option)]
-    return [f"{head}candidates.{option}"]
-
-
-def _directly_inside(prefixes: Sequence[str], calls: Sequence[Call]) -> list[Call]:
-    def within(path: str, outer: str) -> bool:
-        return path == outer or path.startswith(outer + ".")
-
-    inside = [call for call in calls if any(within(call.path, prefix) for prefix in prefixes)]
-    return [c for c in inside if not any(o is not c and c.path.startswith(o.path + ".") for o in inside)]
-
-
-def _pin(model: nn.Module, end: int) -> None:
-    for label, option in _ends(model, end).items():
-        decisions(model)[label].set_sampler(OnePath(option))
-
-
-def _ends(model: nn.Module, end: int) -> dict[str, int]:
-    return {label: range(len(d.options))[end] for label, d in decisions(model).items()}
+def _pin(known: Mapping[str, Decision], choices: Mapping[str, int]) -> None:
+    for label, option in choices.items():
+        known[label].set_sampler(OnePath(option))
 
 
 def _random_like(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ Three forms are read, from a mapping or from a YAML or JSON file:
 from __future__ import annotations
 
 import json
-import math
+import reprlib
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from torch import nn
 
 from ..errors import ConfigurationError, UnknownCostError
 from ..files import atomic_write
-from ..graph import Call, intersect, trace_calls
+from ..graph import Call, intersect, trace_calls, undecided_inside
 from ..mutables import InputChoice, Mutable, decisions
 from .model import CostModel, Term
 
@@ -62,32 +63,33 @@ class LatencyTable:
         return cls._from(_load(path), str(path))
 
     @classmethod
-    def _from(cls, rows: Mapping[str, Any], source: str) -> LatencyTable:
-        runtime: dict[str, str] = {}
+    def _from(cls, data: Mapping[Any, Any], source: str) -> LatencyTable:
+        rows = _named(data, source)
         if rows.get("format") == _FORMAT:
-            if rows.get("version") != _VERSION or rows.get("unit") != "ms":
-                raise ConfigurationError(
-                    f"{source}: version {rows.get('version')!r} in unit {rows.get('unit')!r}; this library reads "
-                    f"version {_VERSION} in unit 'ms'"
-                )
-            runtime = {str(k): str(v) for k, v in dict(rows.get("runtime") or {}).items()}
-            rows = {"fixed": rows.get("fixed"), **_mapping(rows.get("places"), source)}
-        fixed = rows.get("fixed")
-        rest = {str(key): value for key, value in rows.items() if key != "fixed"}
-        if not rest:
+            return cls._measured(rows, source)
+        fixed = _fixed(rows.pop("fixed", None), source)
+        if not rows:
             raise ConfigurationError(f"{source}: the latency table has no rows")
-        by_key = any("-input:" in key for key in rest)
-        anywhere: dict[str, float] = {}
-        by_place: dict[str, dict[str, float]] = {}
-        for key, value in rest.items():
-            if by_key and isinstance(value, Mapping):
-                anywhere[key] = _milliseconds(value.get("mean"), key, source)
-            elif isinstance(value, Mapping):
-                by_place[key] = {str(name): _milliseconds(ms, f"{key}/{name}", source) for name, ms in value.items()}
-            else:
-                anywhere[key] = _milliseconds(value, key, source)
-        of_fixed = None if fixed is None else _milliseconds(fixed, "fixed", source)
-        return cls(anywhere, by_place, of_fixed, by_key, runtime, source)
+        if any("-input:" in key for key in rows):
+            by_key = {key: _operator_row(value, key, source) for key, value in rows.items()}
+            return cls(by_key, fixed=fixed, by_key=True, source=source)
+        anywhere = {k: _milliseconds(v, k, source) for k, v in rows.items() if not isinstance(v, Mapping)}
+        by_place = {k: _candidate_rows(v, k, source) for k, v in rows.items() if isinstance(v, Mapping)}
+        return cls(anywhere, by_place, fixed, source=source)
+
+    @classmethod
+    def _measured(cls, data: Mapping[str, Any], source: str) -> LatencyTable:
+        version, unit = data.get("version"), data.get("unit")
+        if isinstance(version, bool) or version != _VERSION or unit != "ms":
+            raise ConfigurationError(
+                f"{source}: version {_shown(version)} in unit {_shown(unit)}; this library reads version {_VERSION} "
+                "in unit 'ms'"
+            )
+        places = _named(data.get("places"), f"{source}, 'places'")
+        by_place = {place: _candidate_rows(rows, place, source) for place, rows in places.items()}
+        runtime = _named(data.get("runtime") or {}, f"{source}, 'runtime'")
+        texts = {name: value if isinstance(value, str) else _shown(value) for name, value in runtime.items()}
+        return cls({}, by_place, _fixed(data.get("fixed"), source), runtime=texts, source=source)
 
     def row(self, path: str, label: str, option: str) -> float:
         """Milliseconds of a candidate: the row of its choice by path, by label, else the row for any choice."""
@@ -105,10 +107,10 @@ class LatencyTable:
     def operator(self, key: str, path: str) -> float:
         """Milliseconds of an operator by its key."""
         if key not in self.anywhere:
-            near = [other for other in self.anywhere if other.split("-")[0] == key.split("-")[0]][:3]
+            near = [other for other in self.anywhere if other.split("-")[0] == str(key).split("-")[0]][:3]
             raise UnknownCostError(
-                f"latency: {self.source} has no row {key!r}, which {path!r} needs; rows of that kind look like "
-                f"{near}. Use a width that the table holds, or add the row"
+                f"latency: {self.source} has no row {key!r}, which {path or 'the network'} needs; rows of that kind "
+                f"look like {near}. Use a width that the table holds, or add the row"
             )
         return self.anywhere[key]
 
@@ -153,11 +155,17 @@ def _by_operator(model: nn.Module, args: Sequence[Any], table: LatencyTable) -> 
 
     terms = []
     for call in trace_calls(model, args, is_unit):
+        name = f"latency: {call.path or 'the network'} is a {type(call.module).__name__}"
         if not hasattr(call.module, "latency_key"):
             raise UnknownCostError(
-                f"latency: {call.path!r} is a {type(call.module).__name__} that no module with a latency_key "
-                f"method contains, so {table.source} cannot price it. Give the module around it a method "
-                "latency_key(input_shape, output_shape) that returns the key of its row"
+                f"{name} that no module with a latency_key method contains, so {table.source} cannot price it. Give "
+                "the module around it a method latency_key(input_shape, output_shape) that returns the key of its row"
+            )
+        inner = undecided_inside(call.module)
+        if inner is not None:
+            raise UnknownCostError(
+                f"{name} with one latency_key for all, and holds {inner}, whose candidates one row cannot tell apart. "
+                "Give the candidates a latency_key method, and not the module around them"
             )
         key = call.module.latency_key(call.input_shape, call.output_shape)  # type: ignore[operator]
         terms.append(Term(table.operator(key, call.path), call.when))
@@ -187,32 +195,89 @@ def option_name(option: Any) -> str:
     return str(option)
 
 
-def _load(path: Path) -> Mapping[str, Any]:
+def _load(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=_no_duplicates)
+        return yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise ConfigurationError(
             f"latency table {str(path)!r}: {error.strerror or error}. applied_hardware takes 'this-machine', "
             "'flops', a mapping, or the path of a YAML or JSON table"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+    # PyYAML lets these through from the values of damaged scalars: 2001-99-99, !!bool x, !!int '', !!timestamp x.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ConfigurationError(f"{path}: neither YAML nor JSON: {error}") from error
-    return _mapping(data, str(path))
 
 
-def _mapping(data: Any, source: str) -> Mapping[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """Plain data only; a key that stands twice is an error, and not silently the later one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            _check_once([value for _, value in keys], len(set(keys)))
+        return super().construct_mapping(node, deep)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    _check_once([key for key, _ in pairs], len(found))
+    return found
+
+
+def _check_once(keys: Sequence[str], n_different: int) -> None:
+    if n_different != len(keys):
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one mapping")
+
+
+def _named(data: Any, source: str) -> dict[str, Any]:
+    """A mapping with its names as text: a depth may be a whole number."""
     if not isinstance(data, Mapping):
-        raise ConfigurationError(f"{source}: a mapping of rows is needed, got a {type(data).__name__}")
-    return data
+        got = "nothing" if data is None else f"a {type(data).__name__}"
+        raise ConfigurationError(f"{source}: a mapping of rows is needed, got {got}")
+    named: dict[str, Any] = {}
+    for key, value in data.items():
+        whole = isinstance(key, int) and not isinstance(key, bool) and abs(key) < 10**15
+        if not isinstance(key, str) and not whole:
+            raise ConfigurationError(
+                f"{source}: row {_shown(key)} is named by a {type(key).__name__}; a name is text (YAML reads on, off, "
+                "yes, no, null and dates as something else: put quotes around them)"
+            )
+        if str(key) in named:
+            raise ConfigurationError(f"{source}: row {str(key)!r} stands twice, as text and as a number")
+        named[str(key)] = value
+    return named
+
+
+def _candidate_rows(value: Any, place: str, source: str) -> dict[str, float]:
+    rows = _named(value, f"{source}, {place!r}")
+    return {name: _milliseconds(ms, f"{place}/{name}", source) for name, ms in rows.items()}
+
+
+def _operator_row(value: Any, key: str, source: str) -> float:
+    if isinstance(value, Mapping):
+        return _milliseconds(value.get("mean"), f"{key}/mean", source)
+    return _milliseconds(value, key, source)
+
+
+def _fixed(value: Any, source: str) -> float | None:
+    return None if value is None else _milliseconds(value, "fixed", source)
 
 
 def _milliseconds(value: Any, key: str, source: str) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number) and number >= 0:
-            return number
-    raise ConfigurationError(f"{source}: row {key!r} is {value!r}; a finite number of milliseconds >= 0 is needed")
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
+        return float(value)
+    raise ConfigurationError(
+        f"{source}: row {key!r} is {_shown(value)}; a finite number of milliseconds >= 0 is needed"
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value of a damaged file, short: a list may be endless, and a number too long to be written."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, int | float):
+        return repr(value)
+    return reprlib.repr(value) if isinstance(value, str) else f"a {type(value).__name__}"

@@ -102,7 +102,7 @@ def choices_of(model: nn.Module, arch: ArchSource) -> dict[str, int]:
             f"{file.source}: {' and '.join(parts)}; the model's labels are {list(known)}. "
             "Build the model with the arguments it was searched with"
         )
-    choices = {label: d.index_of(file.arch[label]) for label, d in known.items()}
+    choices = {x: d.members[0].index_of(file.arch[x], f"{file.source}: {x}") for x, d in known.items()}
     _check_space(file, offered)
     for label, decision in known.items():
         decided = decision.members[0].decided

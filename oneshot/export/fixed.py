@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -52,19 +53,13 @@ def verified_fixed(model: nn.Module, choices: Mapping[str, int], examples: Seque
     Both in eval mode; max |difference| / max |reference| must be at most 1e-4 in float32, 1e-9 in float64. Else
     ExportError names the first layer that differs.
     """
-    plain, copies = _strip(model, choices)
-    with evaluated(model), torch.random.fork_rng(devices=[]):
-        for label, decision in decisions(model).items():
-            decision.set_sampler(OnePath(choices[label]))
-        for args in examples:
-            try:
-                _check_equal(model, plain, args, "the rebuilt network")
-            except ExportError as error:
-                layer = _first_difference(model, plain, copies, args)
-                raise ExportError(
-                    f"{error}. The first layer that differs is {layer}. Is its forward random in eval mode, does it "
-                    "change the output of a choice in place, or look at the choice instead of calling it?"
-                ) from error
+    with torch.random.fork_rng(devices=[]):
+        plain, copies = _strip(model, choices)
+        with evaluated(model):
+            for label, decision in decisions(model).items():
+                decision.set_sampler(OnePath(choices[label]))
+            for args in examples:
+                _prove(model, plain, copies, args)
     return plain
 
 
@@ -72,21 +67,39 @@ def as_graph(module: nn.Module, args: Sequence[Any]) -> fx.GraphModule:
     """The network as a ``torch.fx.GraphModule``, which unpickles with torch alone, without the user's classes.
 
     Of a fixed model in eval mode, with copies of its weights. Checked on ``args`` to compute the same.
-    UnsupportedModelError for a forward that depends on values.
+    UnsupportedModelError for a forward that depends on values, or that calls functions a graph cannot hold.
     """
     inside = [name for name, inner in module.named_modules() if isinstance(inner, Mutable)]
     if inside:
         raise UnsupportedModelError(f"as_graph: {inside} are undecided choices; give it fixed(model, arch)")
     copied = _copied(module, {}).eval()
     try:
-        graph = fx.symbolic_trace(copied)
+        graph = fx.symbolic_trace(copied).eval()
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(module).__name__} cannot be written as a graph: {error}. Its forward depends on the values of "
             "tensors; keep the class, or its state_dict with its source"
         ) from error
+    _make_portable(graph)
     _check_equal(module, graph, args, f"the graph of {type(module).__name__}")
     return graph
+
+
+def _make_portable(graph: fx.GraphModule) -> None:
+    """Nothing in it may be a name that only the user's source defines; annotations of a forward are such names."""
+    foreign = set()
+    for node in graph.graph.nodes:
+        node.type = None
+        if node.op == "call_function":
+            home = getattr(node.target, "__module__", None) or "torch"  # some functions of torch name no module
+            if home.split(".")[0] not in ("torch", "_operator", "builtins", "math"):
+                foreign.add(f"{home}.{node.target.__name__}")
+    if foreign:
+        raise UnsupportedModelError(
+            f"the graph calls {sorted(foreign)}, without which it cannot be loaded; keep the class, or its state_dict "
+            "with its source"
+        )
+    graph.recompile()
 
 
 def _file_of_context(model: nn.Module) -> ArchFile:
@@ -175,6 +188,17 @@ def _input_graph(mutable: InputChoice, option: int) -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph, class_name="ChosenInputs")
 
 
+def _prove(model: nn.Module, plain: nn.Module, copies: Mapping[int, Any], args: Sequence[Any]) -> None:
+    try:
+        _check_equal(model, plain, args, "the rebuilt network")
+    except ExportError as error:
+        layer = _first_difference(model, plain, copies, args)
+        raise ExportError(
+            f"{error}. The first layer that differs is {layer}. Is its forward random in eval mode, does it change "
+            "the output of a choice in place, or look at the choice instead of calling it?"
+        ) from error
+
+
 def _check_equal(reference: nn.Module, other: nn.Module, args: Sequence[Any], name: str) -> None:
     """ExportError unless both compute the same in eval mode; each on a copy of ``args``, which they may change."""
     with evaluated(reference), evaluated(other):
@@ -193,23 +217,23 @@ def _check_equal(reference: nn.Module, other: nn.Module, args: Sequence[Any], na
 
 
 def _difference(reference: Any, other: Any) -> tuple[float, float]:
-    """Largest relative difference of two outputs, and what is allowed for their dtype."""
+    """The worst relative difference of two outputs, and what is allowed for its dtype."""
     ours, theirs = _tensors(reference), _tensors(other)
-    if [t.shape for t in ours] != [t.shape for t in theirs]:
-        return float("inf"), 0.0
-    worst, allowed = 0.0, 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        if not a.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
-            continue
-        allowed = max(allowed, _TOLERANCE.get(a.dtype, _LOOSE))
-        finite = a.isfinite()
-        if not torch.equal(finite, b.isfinite()):
-            return float("inf"), allowed
-        a, b = a[finite].double(), b[finite].double()
-        if a.numel():
-            worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
-    return worst, allowed
+    if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
+        return math.inf, 0.0
+    pairs = [_difference_of_tensors(a, b) for a, b in zip(ours, theirs, strict=True)]
+    return max(pairs, key=lambda pair: pair[0] - pair[1], default=(0.0, 0.0))
+
+
+def _difference_of_tensors(a: Tensor, b: Tensor) -> tuple[float, float]:
+    if not a.is_floating_point():
+        return (0.0 if torch.equal(a, b) else math.inf), 0.0
+    allowed = _TOLERANCE.get(a.dtype, _LOOSE)
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return math.inf, allowed
+    a, b = a[finite].double(), b[finite].double()
+    return (float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0), allowed
 
 
 def _first_difference(model: nn.Module, plain: nn.Module, copies: Mapping[int, Any], args: Sequence[Any]) -> str:

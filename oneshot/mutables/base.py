@@ -88,16 +88,16 @@ class Mutable(nn.Module, ABC):
             return
         if self.label not in context.arch:
             raise ArchMismatchError(
-                f"{context.source}: no decision for label {self.label!r}; it has {sorted(context.arch)}. "
+                f"{context.source}: no decision for label {self.label!r}; it has {list(context.arch)}. "
                 "Build the model with the arguments it was searched with"
             )
-        self.decided = self.index_of(context.arch[self.label], self.label)
+        self.decided = self.index_of(context.arch[self.label], f"{context.source}: {self.label}")
         self.alpha = None
         context.built[self.label] = self.signature()
 
     @abstractmethod
-    def index_of(self, decision: Any, label: str) -> int:
-        """The option that a decision of an arch names; ArchMismatchError when there is none."""
+    def index_of(self, decision: Any, where: str) -> int:
+        """The option that a decision of an arch names; ArchMismatchError when there is none. ``where`` it stands."""
 
     @abstractmethod
     def describe(self) -> str:

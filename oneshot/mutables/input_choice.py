@@ -86,7 +86,7 @@ class InputChoice(Mutable):
                 raise ConfigurationError(f"{self.describe()}: input {i} is a {type(tensor).__name__}, not a tensor")
         return list(inputs)
 
-    def index_of(self, decision: Any, label: str) -> int:
+    def index_of(self, decision: Any, where: str) -> int:
         chosen = decision if isinstance(decision, (list, tuple)) else [decision]
         by_name = {name: i for i, name in enumerate(self.names or ())}
         indices = tuple(by_name.get(item, item) if isinstance(item, str) else item for item in chosen)
@@ -95,7 +95,7 @@ class InputChoice(Mutable):
             return self.options.index(tuple(sorted(indices)))
         count = "one or more" if self.n_chosen is None else self.n_chosen
         raise ArchMismatchError(
-            f"{label}: the arch says {decision!r}; needed is a list of {count} different indices from 0 to "
+            f"{where}: the arch says {decision!r}; needed is a list of {count} different indices from 0 to "
             f"{self.n_candidates - 1}. Build the model with the arguments it was searched with"
         )
 

@@ -74,7 +74,7 @@ class LayerChoice(Mutable):
 
         return combine(self.gate(), evaluate, inputs, self._candidate)
 
-    def index_of(self, decision: Any, label: str) -> int:
+    def index_of(self, decision: Any, where: str) -> int:
         # NNI writes indices for named candidates too, and the digits of an index as a string.
         names = [str(option) for option in self.options]
         if isinstance(decision, str) and decision in names:
@@ -82,7 +82,7 @@ class LayerChoice(Mutable):
         if isinstance(decision, int) and not isinstance(decision, bool) and 0 <= decision < len(self.options):
             return decision
         raise ArchMismatchError(
-            f"{label}: the arch says {decision!r}, the candidates are {list(self.options)}. "
+            f"{where}: the arch says {decision!r}, the candidates are {list(self.options)}. "
             "Build the model with the arguments it was searched with"
         )
 

@@ -66,11 +66,11 @@ class Repeat(Mutable):
         output: Tensor = combine(self.gate(), evaluate, [x], self._depth)
         return output
 
-    def index_of(self, decision: Any, label: str) -> int:
+    def index_of(self, decision: Any, where: str) -> int:
         if isinstance(decision, int) and not isinstance(decision, bool) and decision in self.options:
             return self.options.index(decision)
         raise ArchMismatchError(
-            f"{label}: the arch says depth {decision!r}, the depths are {list(self.options)}. "
+            f"{where}: the arch says depth {decision!r}, the depths are {list(self.options)}. "
             "Build the model with the arguments it was searched with"
         )
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
 import signal
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from ..cost import CostModel, LatencyTable, best_under_budget, count_macs, count_params
 from ..data import BatchStream, Split, mix_seed, stratified_split, targets_of
@@ -35,7 +29,7 @@ from ..errors import (
 from ..export import arch_of, argmax_choices, fingerprint, verified_fixed, write_arch
 from ..files import remove_leftovers
 from ..graph import evaluated
-from ..loggers import JsonLines, Progress, TensorBoard, markdown_table
+from ..loggers import Progress
 from ..mutables import (
     Argmax,
     EveryPath,
@@ -47,14 +41,18 @@ from ..mutables import (
     set_sampler,
     weight_parameters,
 )
+from .batches import even_batches
 from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
 from .meters import Meters
-from .modes import batch_statistics
+from .modes import batch_statistics, normalisations
 from .rng import global_state, restore_global_state, seed_global_state, user_state_kept
+from .run_log import RunLog
+from .setup import OptimizerLike, check_counts, library_version, own_fabric, own_optimizer
+from .signals import signal_handled
 
 __all__ = ["Trainer"]
 
-OptimizerLike = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
+_T = TypeVar("_T")
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 
@@ -94,7 +92,7 @@ class Trainer(ABC):
         checkpoint_every: int | None,
         progress: bool | None,
     ) -> None:
-        _check_counts(num_epochs, warmup_epochs, batch_size, workers, log_frequency, checkpoint_every)
+        check_counts(num_epochs, warmup_epochs, batch_size, workers, log_frequency, checkpoint_every)
         self.model = model
         self.decisions = decisions(model)
         if not arch_parameters(model):
@@ -109,9 +107,9 @@ class Trainer(ABC):
         self.log_frequency, self.dummy_input, self.seed = log_frequency, tuple(dummy_input), seed
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_every, self.progress = checkpoint_every, progress
-        self.fabric = _fabric(device, devices, strategy, precision)
-        self.weights = weight_parameters(model)
-        self.optimizer = _own_optimizer(optimizer, self.weights)
+        self.fabric = own_fabric(device, devices, strategy, precision)
+        self.weights, self.norms = weight_parameters(model), normalisations(model)
+        self.optimizer = own_optimizer(optimizer, self.weights)
         self.arch_optimizer = arch_optimizer(arch_parameters(model))
         self._first_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._factories = {"warmup": warmup_scheduler, "search": scheduler}
@@ -130,9 +128,8 @@ class Trainer(ABC):
         self._global_state: dict[str, Any] | None = None
         self._is_running = False
         self._stop_signal: int | None = None
-        self._log: JsonLines | None = None
-        self._log_size: int | None = None
-        self._board: TensorBoard | None = None
+        self._log: RunLog | None = None
+        self._log_size = 0
         self._arch_iterator: Iterator[Any] = iter(())
 
     # ---- what a user calls -------------------------------------------------------------------------------------
@@ -151,8 +148,8 @@ class Trainer(ABC):
             self._enter_run()
             while self.step < self.total_steps:
                 self._epoch(batches)
-            if self._board is not None:
-                self._board.text("result", markdown_table(self.history[-1:]), self.step)
+            if self._log is not None:
+                self._log.table(self.step, self.history[-1:])
         return self.history
 
     fit = train
@@ -168,7 +165,7 @@ class Trainer(ABC):
             raise ConfigurationError("evaluate(): no data; pass a dataset, or valid_dataset to the trainer")
         meters = Meters()
         with evaluated(self.model, Argmax()), batch_statistics(self.model):
-            for inputs, target in _even_batches(dataset, self.batch_size):
+            for inputs, target in even_batches(dataset, self.batch_size):
                 inputs, target = self._to_device(inputs), self._to_device(target)
                 with self.fabric.autocast():
                     output = self.model(inputs)
@@ -190,7 +187,7 @@ class Trainer(ABC):
         if path is not None:
             costs = {name: self.cost_model(name).of(choices) for name in ("params", *self._cost_names())}
             created_by = {
-                "library": f"oneshot-nas {_version()}",
+                "library": f"oneshot-nas {library_version()}",
                 "trainer": type(self).__name__,
                 "seed": self.seed,
                 "budget": dict(budget or {}),
@@ -204,6 +201,8 @@ class Trainer(ABC):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that ``resume`` needs into one file, atomically."""
+        if self._log is not None:
+            self._log.sync()
         state = {
             "trainer": type(self).__name__,
             "space": fingerprint(self.model),
@@ -326,7 +325,7 @@ class Trainer(ABC):
         if self.metrics is None:
             return {}
         with torch.no_grad():
-            found = self.metrics(output, target)
+            found = self.metrics(output.detach() if isinstance(output, Tensor) else output, target)
         return dict(found) if isinstance(found, Mapping) else {"metric": found}
 
     def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -385,6 +384,8 @@ class Trainer(ABC):
                 "train(): dataset=None; give the training set as dataset=, it is split into a part for the weights "
                 "and a part for the architecture"
             )
+        self.fabric.launch()
+        self._same_start_everywhere()
         n, n_arch = len(dataset), len(arch_dataset)  # type: ignore[arg-type]
         if n != n_arch:
             raise ConfigurationError(
@@ -403,16 +404,27 @@ class Trainer(ABC):
         )
         self._check_one_batch(dataset)
         self._check_run()
-        self.fabric.launch()
         self.fabric.to_device(self.model)
         if self.checkpoint_dir is not None and self.fabric.is_global_zero:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.checkpoint_dir)
         return streams
 
+    def _same_start_everywhere(self) -> None:
+        """Every process begins with the weights and alphas of the first one."""
+        if self.fabric.world_size > 1:
+            for tensor in self.model.state_dict().values():
+                tensor.copy_(self.fabric.broadcast(tensor))
+
+    def _on_first_process(self, make: Callable[[], _T]) -> _T:
+        """What the first process makes, for all of them."""
+        made = make() if self.fabric.is_global_zero else None
+        shared: _T = made if self.fabric.world_size == 1 else self.fabric.broadcast(made)  # type: ignore[assignment]
+        return shared
+
     def _check_one_batch(self, dataset: Dataset[Any]) -> None:
         """Run two samples along every path: candidates of unequal shape, or a loss that fails, show here."""
-        inputs, target = next(iter(_even_batches(Subset(dataset, [0, 1]), 2)))
+        inputs, target = next(iter(even_batches(Subset(dataset, [0, 1]), 2)))
         with evaluated(self.model, EveryPath()):
             device = next(self.model.parameters()).device
             try:
@@ -489,15 +501,13 @@ class Trainer(ABC):
         self._argmax = now
         self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
         self._log_values("epoch", phase, epoch, values)
-        if self._board is not None:
+        if self._log is not None:
             probabilities = {k: d.alpha.detach().softmax(0).tolist() for k, d in self.decisions.items()}
-            self._board.probabilities(self.step, probabilities)
+            self._log.probabilities(self.step, probabilities)
 
     def _log_values(self, kind: str, phase: str, epoch: int, values: Mapping[str, Any]) -> None:
         if self._log is not None:
-            self._log.write({"kind": kind, "phase": phase, "epoch": epoch, "step": self.step, **values})
-        if self._board is not None:
-            self._board.scalars(self.step, {f"{kind}/{name}": float(value) for name, value in values.items()})
+            self._log.values(kind, phase, epoch, self.step, values)
 
     def _progress_values(self) -> dict[str, float | str]:
         shown: dict[str, float | str] = dict(self._meters.averages())
@@ -538,11 +548,9 @@ class Trainer(ABC):
         with ExitStack() as stack:
             stack.callback(self._leave_run)
             if writes and self.checkpoint_dir is not None:
-                self._log = stack.enter_context(JsonLines(self.checkpoint_dir / "log.jsonl", self._log_size or 0))
-                board = TensorBoard(self.checkpoint_dir / "tensorboard", purge_step=self.step or None)
-                self._board = stack.enter_context(closing(board))
+                self._log = stack.enter_context(RunLog(self.checkpoint_dir, size=self._log_size, step=self.step))
             if self.checkpoint_dir is not None:
-                stack.enter_context(_signal_handled(signal.SIGTERM, self._request_stop))
+                stack.enter_context(signal_handled(signal.SIGTERM, self._request_stop))
             self._is_running = True
             yield
 
@@ -550,8 +558,8 @@ class Trainer(ABC):
         if self._is_running:
             self._global_state = global_state()
         self._scheduler_state = None if self.scheduler is None else self.scheduler.state_dict()
-        self._log_size = None if self._log is None else self._log.size
-        self._is_running, self._log, self._board = False, None, None
+        self._log_size = 0 if self._log is None else self._log.size
+        self._is_running, self._log = False, None
 
     def _request_stop(self, number: int) -> None:
         self._stop_signal = number
@@ -573,7 +581,7 @@ class Trainer(ABC):
         parameter = next(self.model.parameters())
         if self.dataset is None:
             return [(self._dummy(),)]
-        sample, _ = next(iter(_even_batches(Subset(self.dataset, [0]), 1)))
+        sample, _ = next(iter(even_batches(Subset(self.dataset, [0]), 1)))
         sample = sample.to(parameter) if sample.is_floating_point() else sample.to(parameter.device)
         if not sample.is_floating_point():
             return [(sample,)]
@@ -595,106 +603,3 @@ class Trainer(ABC):
 
     def _to_device(self, data: Any) -> Any:
         return self.fabric.to_device(data)
-
-
-def _check_counts(
-    num_epochs: int,
-    warmup_epochs: int,
-    batch_size: int,
-    workers: int,
-    log_frequency: int | None,
-    checkpoint_every: int | None,
-) -> None:
-    least = {
-        "num_epochs": (num_epochs, 0),
-        "warmup_epochs": (warmup_epochs, 0),
-        "batch_size": (batch_size, 1),
-        "workers": (workers, 0),
-        "log_frequency": (log_frequency, 1),
-        "checkpoint_every": (checkpoint_every, 1),
-    }
-    for name, (value, low) in least.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-            raise ConfigurationError(f"{name}={value!r}: an integer of at least {low} is needed")
-
-
-def _fabric(device: torch.device | str | None, devices: int, strategy: str, precision: str) -> Fabric:
-    allowed = ("32-true", "bf16-mixed", "16-mixed")
-    if precision not in allowed:
-        raise ConfigurationError(f"precision={precision!r}: allowed are {list(allowed)}; alphas stay in float32")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    chosen: int | list[int] = devices if device.index is None or devices > 1 else [device.index]
-    return Fabric(accelerator=device.type, devices=chosen, strategy=strategy, precision=precision)  # type: ignore[arg-type]
-
-
-def _own_optimizer(optimizer: OptimizerLike, weights: list[nn.Parameter]) -> Optimizer:
-    """An optimizer of the user's class and settings for the weights only.
-
-    The user's own one was built from ``model.parameters()``, alphas included, and is left as it is.
-    """
-    if not isinstance(optimizer, Optimizer):
-        return optimizer(weights)
-    mine = {id(p) for p in weights}
-    groups = []
-    for group in optimizer.param_groups:
-        kept = [p for p in group["params"] if id(p) in mine]
-        if kept:
-            groups.append({**group, "params": kept})
-    if not groups:
-        raise ConfigurationError(
-            "optimizer: none of its parameters is a weight of the model; build it from model.parameters()"
-        )
-    accepted = inspect.signature(type(optimizer).__init__).parameters
-    settings = {name: value for name, value in optimizer.defaults.items() if name in accepted}
-    own = type(optimizer)(groups, **settings)
-    for p in weights:
-        if p in optimizer.state:
-            own.state[p] = dict(optimizer.state[p])
-    return own
-
-
-def _even_batches(dataset: Dataset[Any], batch_size: int) -> Iterator[tuple[Any, Any]]:
-    """The whole dataset in order, in batches of nearly one size, so that none is too small for BatchNorm."""
-    n = len(dataset)  # type: ignore[arg-type]
-    if n == 0:
-        raise ConfigurationError("the dataset is empty; at least one sample is needed")
-    n_batches = math.ceil(n / batch_size)
-    bounds = [round(i * n / n_batches) for i in range(n_batches + 1)]
-    rows = [list(range(a, b)) for a, b in pairwise(bounds)]
-    for batch in DataLoader(dataset, batch_sampler=rows, generator=torch.Generator()):
-        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-            raise ConfigurationError(f"the dataset must give pairs (input, target), got {type(batch).__name__}")
-        yield batch[0], batch[1]
-
-
-@contextmanager
-def _signal_handled(number: signal.Signals, handle: Callable[[int], None]) -> Iterator[None]:
-    """Call ``handle`` on a signal in the main thread of this process; elsewhere nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    owner = os.getpid()
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            handle(number)
-        else:  # a loader process inherits the handler, and must still end when it is told to
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("oneshot-nas")
-    except PackageNotFoundError:
-        return "(not installed)"

@@ -20,6 +20,16 @@ __all__ = ["LAST", "PREVIOUS", "check_fits", "read_checkpoint", "write_checkpoin
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _FORMAT = "oneshot-checkpoint"
 _VERSION = 1
+_KEYS = (
+    *("trainer", "space", "settings", "step", "arch_batches", "model", "optimizer", "arch_optimizer", "scheduler"),
+    *("generator", "global", "meters", "history", "argmax", "log_size", "latency_table"),
+)
+_ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, NotImplementedError, EOFError)
+# What torch's restricted unpickler raises on a program that is not its own.
+_LOAD_ERRORS = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError),
+    *(KeyError, TypeError, AttributeError, IndexError, AssertionError),
+)
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -35,18 +45,32 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         path = path / LAST
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint{_offer(path)}")
+    _check_archive(path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except _LOAD_ERRORS as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({first}){_offer(path)}") from error
-    except (KeyError, TypeError, AttributeError, IndexError, AssertionError) as error:  # a damaged pickle program
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}){_offer(path)}") from error
+        raise CheckpointError(f"{path}: not a checkpoint ({first}){_offer(path)}") from error
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: a file of torch, but not a checkpoint of this library{_offer(path)}")
     if data.get("version") != _VERSION:
         raise CheckpointError(f"{path}: version {data.get('version')!r}, this library reads {_VERSION}{_offer(path)}")
+    missing = [key for key in _KEYS if key not in data]
+    if missing:
+        raise CheckpointError(f"{path}: incomplete, without {missing}{_offer(path)}")
     return data
+
+
+def _check_archive(path: Path) -> None:
+    """torch writes an uncompressed zip archive with checksums; whatever is not one does not reach its reader."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+            broken = packed[0] if packed else archive.testzip()
+    except _ZIP_ERRORS as error:
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({error}){_offer(path)}") from error
+    if broken is not None:
+        raise CheckpointError(f"{path}: damaged at {broken!r}{_offer(path)}")
 
 
 def check_fits(state: Mapping[str, Tensor], model: nn.Module, where: str) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["batch_statistics", "frozen_statistics", "frozen_weights"]
+__all__ = ["batch_statistics", "frozen_statistics", "frozen_weights", "normalisations"]
 
 
 @contextmanager
@@ -25,24 +25,29 @@ def frozen_weights(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def normalisations(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, (_BatchNorm, _InstanceNorm)) and m.track_running_stats]
+
+
 @contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Normalisation layers use the statistics of the batch inside, and their running ones do not move."""
-    batch_norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    instance_norms = [m for m in model.modules() if isinstance(m, _InstanceNorm)]
-    momenta = [m.momentum for m in instance_norms]
-    for norm in batch_norms:
-        # In training mode the flag only says whether the buffers are updated, the batch count included.
-        norm.track_running_stats = False
-    for instance_norm in instance_norms:
-        instance_norm.momentum = 0.0
+def frozen_statistics(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """The given normalisation layers use the statistics of the batch inside, and their running ones do not move."""
+    momenta = [getattr(layer, "momentum", None) for layer in layers]
+    for layer in layers:
+        if isinstance(layer, _BatchNorm):
+            # In training mode the flag only says whether the buffers are updated, the batch count included.
+            layer.track_running_stats = False
+        elif isinstance(layer, _InstanceNorm):
+            layer.momentum = 0.0
     try:
         yield
     finally:
-        for norm in batch_norms:
-            norm.track_running_stats = True
-        for instance_norm, momentum in zip(instance_norms, momenta, strict=True):
-            instance_norm.momentum = momentum
+        for layer, momentum in zip(layers, momenta, strict=True):
+            if isinstance(layer, _BatchNorm):
+                layer.track_running_stats = True
+            elif isinstance(layer, _InstanceNorm):
+                layer.momentum = momentum
 
 
 @contextmanager
@@ -57,7 +62,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         if isinstance(module, _BatchNorm):
             module.training = True
     try:
-        with frozen_statistics(model):
+        with frozen_statistics(normalisations(model)):
             yield
     finally:
         for module, mode in modes:

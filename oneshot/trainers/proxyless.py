@@ -16,8 +16,9 @@ from ..cost import CostModel, LatencyTable, measure_latency, price
 from ..errors import ConfigurationError
 from ..losses import add_linear, mul_log
 from ..mutables import BinaryGates
-from .base import OptimizerLike, SchedulerFactory, Trainer
+from .base import SchedulerFactory, Trainer
 from .modes import frozen_statistics, frozen_weights
+from .setup import OptimizerLike
 
 __all__ = ["ProxylessTrainer"]
 
@@ -181,7 +182,7 @@ class ProxylessTrainer(Trainer):
         """One step of the alphas; the weights and the BatchNorm statistics stay."""
         self._set(self.gates)
         self.arch_optimizer.zero_grad(set_to_none=True)
-        with frozen_weights(self.weights), frozen_statistics(self.model):
+        with frozen_weights(self.weights), frozen_statistics(self.norms):
             task, _, _ = self._forward(batch, self.arch_loss)
             expected = self._expected_cost()
             # The loss sees the cost as a variable of its own, so that both parts of alpha's gradient are known.
@@ -273,7 +274,7 @@ class ProxylessTrainer(Trainer):
         if name != "latency_ms" or self.hardware in (None, "flops"):
             return super()._build_cost(name)
         if self.latency_table is None:
-            self.latency_table = measure_latency(self.model, (self._dummy(),))
+            self.latency_table = self._on_first_process(lambda: measure_latency(self.model, (self._dummy(),)))
         return price(self.model, (self._dummy(),), self.latency_table)
 
     def _check_run(self) -> None:

@@ -1,0 +1,75 @@
+"""A small search model with every kind of layer that can go wrong in a step, and data for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from oneshot import LabelSmoothingLoss, LayerChoice, ProxylessTrainer, Repeat, accuracy
+from oneshot.data import digits
+
+WIDTH = 6
+
+
+class Block(nn.Module):
+    """Convolution, BatchNorm (statistics that must not move by accident) and dropout (random numbers)."""
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, kernel, padding=kernel // 2)
+        self.norm = nn.BatchNorm2d(WIDTH)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(torch.relu(self.norm(self.conv(x))))
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, WIDTH, 3, padding=1)
+        self.one = LayerChoice({"k1": Block(1), "k3": Block(3), "k5": Block(5), "skip": nn.Identity()}, label="one")
+        self.two = LayerChoice([Block(3), Block(5), nn.Sequential(Block(1), Block(1))])
+        self.deep = Repeat(lambda i: Block(1), depth=(1, 2), label="depth")
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.deep(self.two(self.one(self.stem(x)))).mean((2, 3)))
+
+
+def tiny(seed: int = 0) -> Tiny:
+    torch.manual_seed(seed)
+    return Tiny()
+
+
+def digit_data(n: int = 256) -> TensorDataset:
+    data = digits()
+    return TensorDataset(data.images[:n].float() / 255, data.targets[:n])
+
+
+def proxyless(model: nn.Module, **changes: Any) -> ProxylessTrainer:
+    """A trainer of 1 + 2 epochs with 6 weight steps each and arch steps after every second one."""
+    settings: dict[str, Any] = {
+        "loss": LabelSmoothingLoss(),
+        "metrics": lambda output, target: accuracy(output, target, topk=(1, 5)),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3),
+        "num_epochs": 2,
+        "warmup_epochs": 1,
+        "dataset": digit_data(),
+        "batch_size": 32,
+        "workers": 0,
+        "device": "cpu",
+        "arch_every": 2,
+        "skip_first_epoch": False,
+        "arc_learning_rate": 0.05,
+        "cost": "macs",
+        "dummy_input": (1, 1, 8, 8),
+        "ref_latency": 10_000,
+        "grad_reg_loss_params": {"lambda": 0.5},
+        "log_frequency": 1,
+        "progress": False,
+    }
+    return ProxylessTrainer(model, **{**settings, **changes})
