@@ -26,8 +26,9 @@ __all__ = ["best_under_budget", "cost_range"]
 _MOST_CUTS = 200
 _LEAST_LOG = -1e5  # below the best option of its decision: as good as impossible
 _SCORE_SCALE = 1e3  # the solver stops within 1e-6 of the optimum, here 1e-9 of a log probability
-_LARGEST = 1e6  # coefficient of a cost that is not made of whole numbers; the solver's tolerance is 1e-6
-_LARGEST_WHOLE = 1e8
+_LARGEST = 1e4  # coefficient of a cost; the solver's tolerance is 1e-6
+_LARGEST_WHOLE = 1e8  # of one that is made of whole numbers
+_SLACK = 1e-2  # given to a budget: what lies on it must not fall to a rounding error
 
 
 def best_under_budget(
@@ -140,23 +141,21 @@ def _enough(value: float) -> str:
 
 
 class _Linear:
-    """A cost in the variables of a program: ``sum coefficients * variables * unit + constant``."""
+    """A cost in the variables of a program: ``sum coefficients * variables * unit + constant``.
+
+    The unit brings the coefficients to a size at which the solver's absolute tolerance is small; to whole numbers
+    (``whole``), if they are multiples of one.
+    """
 
     def __init__(self, coefficients: Mapping[int, float], constant: float) -> None:
-        self.unit, self.constant = _unit([v for v in coefficients.values() if v]), constant
+        values = [value for value in coefficients.values() if value] or [1.0]
+        largest, self.whole = max(map(abs, values)), all(value.is_integer() for value in values)
+        if self.whole:
+            divisor = math.gcd(*(int(value) for value in values))
+            self.whole = constant.is_integer() and largest / divisor <= _LARGEST_WHOLE
+        self.unit = float(divisor) if self.whole else largest / _LARGEST
         self.coefficients = {i: value / self.unit for i, value in coefficients.items() if value}
-
-
-def _unit(values: Sequence[float]) -> float:
-    """What a cost is expressed in, so that the solver's absolute tolerance is far below what one option costs."""
-    if not values:
-        return 1.0
-    largest = max(map(abs, values))
-    if all(value.is_integer() for value in values):
-        divisor = math.gcd(*(int(value) for value in values))
-        if largest / divisor <= _LARGEST_WHOLE:
-            return float(divisor)
-    return largest / _LARGEST
+        self.constant = constant
 
 
 @final
@@ -200,6 +199,8 @@ class _Program:
     def at_most(self, cost: CostModel, limit: float, margin: float = 0.0) -> None:
         linear = self.linear(cost)
         room = (limit - linear.constant) / linear.unit
+        # Between two whole numbers there is nothing: a budget in the middle is the same one, far from both.
+        room = math.floor(room) + 0.5 if linear.whole else room + _SLACK
         largest = max(map(abs, linear.coefficients.values()), default=1.0)
         self.rows.append((linear.coefficients, -np.inf, room - margin * max(largest, abs(room))))
 
