@@ -202,9 +202,8 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.l
 # ---- retrain ---------------------------------------------------------------------------------------------------
 
 
-def retrain(arch: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Train the network of an architecture file from fresh weights; returns its accuracy on val/."""
-    train, val = retraining_data(args)
+def retrain(arch: Path, train: ImageFolder, val: ImageFolder, args: argparse.Namespace) -> dict[str, float]:
+    """Train the network of an architecture file from fresh weights; returns its accuracy on ``val``."""
     torch.manual_seed(SEED)
     net = network(arch, len(train.classes), args).to(args.device)
     optimizer = torch.optim.SGD(decayed_groups(net), lr=RETRAIN_LR, momentum=MOMENTUM, nesterov=True)
@@ -306,8 +305,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    data = retraining_data(args)  # before the search, so that a wrong folder does not show days later
     arch = search(args) if args.retrain is None else args.retrain
-    found = retrain(arch, args)
+    found = retrain(arch, *data, args)
     print(f"{arch} on {args.data / 'val'}: {found}\nwritten: {args.out / 'network.pt'}")
 
 

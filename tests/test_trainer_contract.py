@@ -156,6 +156,9 @@ def test_export_that_differs_is_refused_and_the_old_file_stays(build: Factory, t
     path.write_text("old")
     trainer = build(Peeking())
     with pytest.raises(ExportError, match="differs"):
+        trainer.train()
+    assert trainer.step == 0
+    with pytest.raises(ExportError, match="differs"):
         trainer.export(path)
     assert path.read_text() == "old"
 

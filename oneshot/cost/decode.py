@@ -23,6 +23,7 @@ from .model import CostModel
 
 __all__ = ["best_under_budget", "cost_range"]
 
+_SOLVED, _NOTHING_FITS = 0, 2  # status of scipy's milp
 _MOST_CUTS = 200
 _LEAST_LOG = -1e5  # below the best option of its decision: as good as impossible
 _SCORE_SCALE = 1e3  # the solver stops within 1e-6 of the optimum, here 1e-9 of a log probability
@@ -228,19 +229,23 @@ class _Program:
         at, variables, values = (np.array(part) for part in zip(*entries, strict=True))
         matrix = coo_array((values, (at, variables)), shape=(len(self.rows), self.n)).tocsr()
         lower, upper = np.array([low for _, low, _ in self.rows]), np.array([up for _, _, up in self.rows])
-        result = milp(
-            c,
-            integrality=np.arange(self.n) < self.n_binary,
-            bounds=(0, 1),
-            constraints=LinearConstraint(matrix, lower, upper),
-            options={"mip_rel_gap": 0.0},
-        )
-        if result.status == 2:
-            return None
-        if result.status != 0:
+        # Rarely the presolve of HiGHS ends in an error of its own, on a program that has a solution without it.
+        for presolve in (True, False):
+            result = milp(
+                c,
+                integrality=np.arange(self.n) < self.n_binary,
+                bounds=(0, 1),
+                constraints=LinearConstraint(matrix, lower, upper),
+                options={"mip_rel_gap": 0.0, "presolve": presolve},
+            )
+            if result.status in (_SOLVED, _NOTHING_FITS):
+                break
+        else:
             raise UnsupportedModelError(
                 f"the integer program of {self.n} variables and {len(self.rows)} rows was not solved: {result.message}"
             )
+        if result.status == _NOTHING_FITS:
+            return None
         return {
             label: first_argmax(result.x[start : start + self.sizes[label]].tolist())
             for label, start in self.first.items()

@@ -403,6 +403,7 @@ class Trainer(ABC):
             BatchStream(arch_dataset, self.split.arch, seed=mix_seed(self.seed, 6), **common),
         )
         self._check_one_batch(dataset)
+        self._check_export()
         self._check_run()
         self.fabric.to_device(self.model)
         if self.checkpoint_dir is not None and self.fabric.is_global_zero:
@@ -441,6 +442,12 @@ class Trainer(ABC):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ConfigurationError(f"loss(output, target) must return one number as a tensor, got {got}")
+
+    def _check_export(self) -> None:
+        """An export that would be refused after the search is refused before it: first and last options are tried."""
+        for end in (0, -1):
+            choices = {label: range(len(d.options))[end] for label, d in self.decisions.items()}
+            verified_fixed(self.model, choices, self._examples())
 
     def _enter_run(self) -> None:
         """Random state and schedulers, either fresh or as they were left."""
