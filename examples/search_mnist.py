@@ -41,7 +41,7 @@ from search_spaces.mobilenet import MobileNet, Sizes, mobilenet_space
 
 SEED = 0
 SHARE = 0.6  # of the largest network's latency
-WARMUP_EPOCHS, SEARCH_EPOCHS, RETRAIN_EPOCHS = 3, 7, 6
+WARMUP_EPOCHS, SEARCH_EPOCHS, RETRAIN_EPOCHS = 3, 7, 10
 BATCH, LR = 64, 0.1
 IMAGES = (16, 1, 28, 28)
 

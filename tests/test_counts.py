@@ -57,7 +57,7 @@ def image(rng: random.Random) -> nn.Module:
     return rng.choice([conv, conv, down_up, nn.BatchNorm2d(4), nn.Identity()])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32))
 def test_params_are_those_of_every_rebuilt_network(seed: int) -> None:
     model = random_space(seed, dense)
@@ -66,7 +66,7 @@ def test_params_are_those_of_every_rebuilt_network(seed: int) -> None:
         assert cost.of(choices) == numel(rebuilt(model, choices)), choices
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([(1, 4), (1, 5, 4)]))
 def test_macs_of_linear_layers_are_those_of_every_rebuilt_network(seed: int, shape: tuple[int, ...]) -> None:
     model, x = random_space(seed, dense), torch.rand(shape)
@@ -75,7 +75,7 @@ def test_macs_of_linear_layers_are_those_of_every_rebuilt_network(seed: int, sha
         assert 2 * cost.of(choices) == flops(rebuilt(model, choices), x), choices
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 2**32))
 def test_macs_of_convolutions_are_those_of_every_rebuilt_network(seed: int) -> None:
     model, x = random_space(seed, image), torch.rand(1, 4, 6, 8)
@@ -93,7 +93,7 @@ CONVOLUTIONS = {
 }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_macs_of_any_convolution(data: st.DataObject) -> None:
     def per_axis(low: int, high: int) -> tuple[int, ...]:
@@ -276,7 +276,7 @@ def test_a_layer_without_a_rule_is_an_error_with_its_path_and_type(
                 return choice(x, x)
             return choice(x.long()) if name == "Embedding" else choice(x)
 
-    with pytest.raises(UnknownCostError, match=rf"macs: body\.1\.candidates\.odd is a {name} .*_ConvNd.*Linear"):
+    with pytest.raises(UnknownCostError, match=rf"macs: body\.1\.candidates\.odd is a {name} with .*Linear"):
         count_macs(Net(), (torch.rand(shape),))
 
 

@@ -39,8 +39,9 @@ def best_under_budget(
 ) -> dict[str, int]:
     """The most probable choices whose costs are at most their budgets, as label -> option.
 
-    Without a budget it is the argmax of every decision. InfeasibleTargetError with the reachable minimum when no
-    architecture fits; ConfigurationError for a budget, a cost or a probability that cannot be used.
+    Without a budget it is the argmax of every decision. Never above a budget; the best one as long as what options
+    cost differs less than a millionfold (the solver's tolerance). InfeasibleTargetError with the reachable minimum
+    when no architecture fits; ConfigurationError for a budget, a cost or a probability that cannot be used.
 
     >>> from torch import nn
     >>> from oneshot import LayerChoice, count_params

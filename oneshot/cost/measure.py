@@ -81,7 +81,8 @@ def _measure(
             if progress is not None:
                 progress(f"timing candidates, round {done + 1} of {_ROUNDS}: {n} of {len(stages)}")
     took = {key: _milliseconds(found) for key, found in samples.items()}
-    places = _own_times(calls, took)
+    labels = {id(member): label for label, d in known.items() for member in d.members}
+    places = _own_times(calls, labels, took)
     candidates_only = price(model, args, LatencyTable(by_place=places, fixed=0.0))
     beyond = [took[end] - candidates_only.of(ends[end]) for end in _ENDS]
     return LatencyTable(
@@ -100,15 +101,19 @@ def _stages(call: Call) -> list[Callable[[], Any]]:
     return [partial(candidate, *args, **kwargs) for candidate in module]
 
 
-def _own_times(calls: Sequence[Call], took: Mapping[Any, float]) -> dict[str, dict[str, float]]:
+def _own_times(
+    calls: Sequence[Call], labels: Mapping[int, str], took: Mapping[Any, float]
+) -> dict[str, dict[str, float]]:
     """Times without the choices inside, which ran at their first option and are priced by themselves."""
     found: dict[str, dict[str, list[float]]] = {}
     for call in calls:
         inner = [(c.parent[1], took[c.number, 0]) for c in calls if c.parent is not None and c.parent[0] == call.number]
         row = found.setdefault(call.path, {})
         for k, option in enumerate(_options(call)):
-            own = took[call.number, k] - sum(ms for under, ms in inner if k in under)
-            row.setdefault(option_name(option), []).append(max(0.0, own))
+            # Inside a candidate of its own label, a choice has only that option; the others say nothing.
+            if k in call.when.get(labels[id(call.module)], (k,)):
+                own = took[call.number, k] - sum(ms for under, ms in inner if k in under)
+                row.setdefault(option_name(option), []).append(max(0.0, own))
     return {path: {name: statistics.fmean(times) for name, times in row.items()} for path, row in found.items()}
 
 
