@@ -31,7 +31,7 @@ class Noisy(Dataset[Any]):
         if not 0 <= index < self.n:
             raise IndexError(index)
         self.read.append(index)
-        numpy_number = np.random.rand()  # noqa: NPY002 - what real augmentation code does
+        numpy_number = np.random.rand()
         return index, torch.tensor([float(torch.rand(())), random.random(), numpy_number], dtype=torch.float64)
 
 
@@ -49,7 +49,7 @@ def take(stream: BatchStream, position: int, count: int) -> list[tuple[list[int]
 
 
 def global_states() -> tuple[list[int], Any, list[int]]:
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002
+    numpy_state: Any = np.random.get_state()
     return torch.get_rng_state().tolist(), random.getstate(), [*numpy_state[1].tolist(), numpy_state[2]]
 
 
@@ -99,7 +99,7 @@ def test_the_generators_do_not_return_the_same_bits() -> None:
     class Words(Noisy):
         def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
             seen.extend(torch.randint(2**32, (2,)).tolist())
-            seen.extend(np.random.randint(2**32, size=2, dtype=np.uint64).tolist())  # noqa: NPY002
+            seen.extend(np.random.randint(2**32, size=2, dtype=np.uint64).tolist())
             return super().__getitem__(index)
 
     take(BatchStream(Words(20), range(20), batch_size=20, seed=0), 0, 1)
@@ -160,7 +160,7 @@ def test_the_training_random_numbers_do_not_change_the_batches() -> None:
     quiet = take(stream, 0, 6)
     disturbed = []
     for index, noise in islice(stream.iterate(0), 6):
-        torch.rand(5), random.random(), np.random.rand(5)  # noqa: NPY002
+        torch.rand(5), random.random(), np.random.rand(5)
         disturbed.append((index.tolist(), noise.tolist()))
     assert disturbed == quiet
 
