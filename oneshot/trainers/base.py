@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from ..cost import CostModel, LatencyTable, best_under_budget, count_macs, count_params
 from ..data import BatchStream, Split, mix_seed, stratified_split, targets_of
 from ..errors import (
     CheckpointError,
     ConfigurationError,
-    OneshotError,
     TrainingDivergedError,
     UnsupportedModelError,
 )
@@ -32,7 +31,6 @@ from ..graph import evaluated
 from ..loggers import Progress
 from ..mutables import (
     Argmax,
-    EveryPath,
     Sampler,
     after_step,
     arch_parameters,
@@ -41,9 +39,10 @@ from ..mutables import (
     set_sampler,
     weight_parameters,
 )
-from .batches import even_batches
+from .batches import even_batches, example_inputs
 from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
-from .meters import Meters
+from .checks import check_export, check_one_batch
+from .meters import Meters, mean_entropy, soft_and_hard
 from .modes import batch_statistics, normalisations
 from .rng import global_state, restore_global_state, seed_global_state, user_state_kept
 from .run_log import RunLog
@@ -273,6 +272,10 @@ class Trainer(ABC):
         """The costs that this run is steered by."""
         return ()
 
+    def _cost_references(self) -> Mapping[str, float]:
+        """What these costs are compared with, in their units."""
+        return {}
+
     def _build_cost(self, name: str) -> CostModel:
         if name == "params":
             return count_params(self.model)
@@ -402,8 +405,8 @@ class Trainer(ABC):
             BatchStream(dataset, self.split.weight, seed=mix_seed(self.seed, 5), **common),
             BatchStream(arch_dataset, self.split.arch, seed=mix_seed(self.seed, 6), **common),
         )
-        self._check_one_batch(dataset)
-        self._check_export()
+        check_one_batch(self.model, self.loss, dataset)
+        check_export(self.model, self._examples())
         self._check_run()
         self.fabric.to_device(self.model)
         if self.checkpoint_dir is not None and self.fabric.is_global_zero:
@@ -422,32 +425,6 @@ class Trainer(ABC):
         made = make() if self.fabric.is_global_zero else None
         shared: _T = made if self.fabric.world_size == 1 else self.fabric.broadcast(made)  # type: ignore[assignment]
         return shared
-
-    def _check_one_batch(self, dataset: Dataset[Any]) -> None:
-        """Run two samples along every path: candidates of unequal shape, or a loss that fails, show here."""
-        inputs, target = next(iter(even_batches(Subset(dataset, [0, 1]), 2)))
-        with evaluated(self.model, EveryPath()):
-            device = next(self.model.parameters()).device
-            try:
-                output = self.model(inputs.to(device))
-                loss = self.loss(output, target.to(device))
-            except OneshotError:
-                raise
-            except Exception as error:
-                shape = tuple(inputs.shape)
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} or its loss does not run on a batch of the dataset, inputs of "
-                    f"shape {shape}: {type(error).__name__}: {error}"
-                ) from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ConfigurationError(f"loss(output, target) must return one number as a tensor, got {got}")
-
-    def _check_export(self) -> None:
-        """An export that would be refused after the search is refused before it: first and last options are tried."""
-        for end in (0, -1):
-            choices = {label: range(len(d.options))[end] for label, d in self.decisions.items()}
-            verified_fixed(self.model, choices, self._examples())
 
     def _enter_run(self) -> None:
         """Random state and schedulers, either fresh or as they were left."""
@@ -484,7 +461,8 @@ class Trainer(ABC):
             self._meters = Meters()
         self.model.train()
         step_of = self._warmup_step if phase == "warmup" else self._search_step
-        line = Progress(self.steps_per_epoch, f"{phase} {epoch}", self.step % self.steps_per_epoch, self._shows())
+        last = self.warmup_epochs + self.num_epochs - 1
+        line = Progress(self.total_steps, f"{phase}, epoch {epoch} of 0..{last}", self.step, self._shows())
         with closing(line):
             while self.epoch == epoch:
                 self._latest = {}
@@ -500,9 +478,10 @@ class Trainer(ABC):
     def _end_epoch(self, phase: str, epoch: int) -> None:
         now = argmax_choices(self.model)
         values: dict[str, Any] = dict(self._meters.averages())
-        values["entropy"] = self._entropy()
+        values["entropy"] = mean_entropy(self.decisions)
         values["changed"] = sum(now[label] != self._argmax[label] for label in now)
-        values.update(self._cost_values())
+        for name in self._cost_names():
+            values[f"{name}_soft"], values[f"{name}_hard"] = soft_and_hard(self.cost_model(name), self.decisions)
         if self.valid_dataset is not None:
             values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
         self._argmax = now
@@ -518,25 +497,12 @@ class Trainer(ABC):
 
     def _progress_values(self) -> dict[str, float | str]:
         shown: dict[str, float | str] = dict(self._meters.averages())
-        shown["entropy"] = self._entropy()
-        return {**shown, **self._cost_values()}
-
-    @torch.no_grad()
-    def _cost_values(self) -> dict[str, float]:
-        """Soft cost (expected under softmax of alpha) and hard cost (of the network exported now), by name."""
-        p = {label: d.alpha.softmax(0) for label, d in self.decisions.items()}
-        choices = argmax_choices(self.model)
-        values = {}
+        shown["entropy"] = mean_entropy(self.decisions)
+        references = self._cost_references()
         for name in self._cost_names():
-            cost = self.cost_model(name)
-            values[f"{name}_soft"], values[f"{name}_hard"] = float(cost.expected(p)), cost.of(choices)
-        return values
-
-    @torch.no_grad()
-    def _entropy(self) -> float:
-        """Mean over the decisions of - sum p ln p, in nats."""
-        rows = [d.alpha.double().log_softmax(0) for d in self.decisions.values()]
-        return float(torch.stack([-(row.exp() * row).sum() for row in rows]).mean())
+            soft, hard = soft_and_hard(self.cost_model(name), self.decisions)
+            shown[name] = f"{soft:.4g} soft, {hard:.4g} hard, reference {references[name]:.4g}"
+        return shown
 
     def _maybe_checkpoint(self, *, at_epoch_end: bool) -> None:
         due = at_epoch_end or (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0)
@@ -584,16 +550,7 @@ class Trainer(ABC):
         return torch.rand(self.dummy_input, generator=torch.Generator().manual_seed(0)).to(parameter)
 
     def _examples(self) -> list[tuple[Any, ...]]:
-        """What an export is verified on: a sample of the data if there are any, and random numbers."""
-        parameter = next(self.model.parameters())
-        if self.dataset is None:
-            return [(self._dummy(),)]
-        sample, _ = next(iter(even_batches(Subset(self.dataset, [0]), 1)))
-        sample = sample.to(parameter) if sample.is_floating_point() else sample.to(parameter.device)
-        if not sample.is_floating_point():
-            return [(sample,)]
-        noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample)
-        return [(sample,), (noise,)]
+        return example_inputs(self.model, self.dataset, self._dummy())
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same when a run is taken up again."""

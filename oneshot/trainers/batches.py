@@ -1,4 +1,4 @@
-"""The whole of a dataset in order, for evaluation."""
+"""The whole of a dataset in order, for evaluation, and single inputs, for comparisons."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import ConfigurationError
 
-__all__ = ["even_batches"]
+__all__ = ["even_batches", "example_inputs"]
 
 
 def even_batches(dataset: Dataset[Any], batch_size: int) -> Iterator[tuple[Any, Any]]:
@@ -27,3 +28,16 @@ def even_batches(dataset: Dataset[Any], batch_size: int) -> Iterator[tuple[Any, 
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
             raise ConfigurationError(f"the dataset must give pairs (input, target), got {type(batch).__name__}")
         yield batch[0], batch[1]
+
+
+def example_inputs(model: nn.Module, dataset: Dataset[Any] | None, dummy: Tensor) -> list[tuple[Any, ...]]:
+    """What an export is verified on: a sample of the data if there are any, and random numbers of its shape."""
+    if dataset is None:
+        return [(dummy,)]
+    parameter = next(model.parameters())
+    sample, _ = next(iter(even_batches(Subset(dataset, [0]), 1)))
+    if not sample.is_floating_point():
+        return [(sample.to(parameter.device),)]
+    sample = sample.to(parameter)
+    noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample)
+    return [(sample,), (noise,)]

@@ -1,4 +1,4 @@
-"""Running averages of an epoch, kept on the device until they are read."""
+"""The numbers of a run: running averages of an epoch, entropy and costs of the decisions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-__all__ = ["Meters"]
+from ..cost import CostModel
+from ..mutables import Decision
+from ..mutables.samplers import first_argmax
+
+__all__ = ["Meters", "mean_entropy", "soft_and_hard"]
 
 
 @final
@@ -43,3 +47,17 @@ class Meters:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in state["sums"].items()}
         self.counts = dict(state["counts"])
+
+
+@torch.no_grad()
+def mean_entropy(decisions: Mapping[str, Decision]) -> float:
+    """Mean over the decisions of - sum_k p_k ln p_k with p = softmax(alpha), in nats; ln n when all n are alike."""
+    rows = [d.alpha.double().log_softmax(0) for d in decisions.values()]
+    return float(torch.stack([-(row.exp() * row).sum() for row in rows]).mean())
+
+
+@torch.no_grad()
+def soft_and_hard(cost: CostModel, decisions: Mapping[str, Decision]) -> tuple[float, float]:
+    """The expected cost under softmax(alpha), and the cost of the network that would be exported now."""
+    soft = cost.expected({label: d.alpha.softmax(0) for label, d in decisions.items()})
+    return float(soft), cost.of({label: first_argmax(d.alpha.tolist()) for label, d in decisions.items()})

@@ -268,6 +268,9 @@ class ProxylessTrainer(Trainer):
     def _cost_names(self) -> tuple[str, ...]:
         return () if self.cost_name is None else (self.cost_name,)
 
+    def _cost_references(self) -> Mapping[str, float]:
+        return {} if self.cost_name is None else {self.cost_name: self.ref_latency}
+
     def _build_cost(self, name: str) -> CostModel:
         if self._given_cost is not None and name == self._given_cost.name:
             return self._given_cost
