@@ -181,6 +181,9 @@ def test_another_model_or_setting_is_refused_and_nothing_is_applied(finished: Pa
         proxyless(model, batch_size=16).resume(finished)
     with pytest.raises(CheckpointError, match=r"seed 0 there and 4 here"):
         proxyless(model, seed=4).resume(finished)
+    adam = torch.optim.Adam(model.parameters())
+    with pytest.raises(CheckpointError, match=r"optimizer 'SGD' there and 'Adam' here"):
+        proxyless(model, optimizer=adam).resume(finished)
     model.head = torch.nn.Linear(6, 11)
     with pytest.raises(CheckpointError, match=r"2 of another shape \['head.weight', 'head.bias'\]"):
         proxyless(model).resume(finished)

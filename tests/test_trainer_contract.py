@@ -186,6 +186,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"workers": -1}, ConfigurationError, "workers=-1"),
     ({"log_frequency": 0}, ConfigurationError, "log_frequency=0"),
     ({"precision": "8"}, ConfigurationError, "precision='8'"),
+    ({"precision": "16-mixed"}, ConfigurationError, "precision='16-mixed'"),  # needs loss scaling, which is not there
     ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)}, ConfigurationError, "none of its param"),
 ]
 WRONG_AT_TRAIN: list[tuple[dict[str, Any], type[Exception], str]] = [

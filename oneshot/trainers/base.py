@@ -234,7 +234,8 @@ class Trainer(ABC):
                 f"{where}: made by {state['trainer']} for search space {state['space']}, this is "
                 f"{type(self).__name__} with {fingerprint(self.model)}"
             )
-        different = {k: (v, self._settings()[k]) for k, v in state["settings"].items() if v != self._settings()[k]}
+        there, here = state["settings"], self._settings()
+        different = {key: (there.get(key), value) for key, value in here.items() if there.get(key) != value}
         if different:
             text = ", ".join(f"{k} {was!r} there and {now!r} here" for k, (was, now) in different.items())
             raise CheckpointError(f"{where}: made with other settings: {text}")
@@ -560,6 +561,8 @@ class Trainer(ABC):
             "arch_fraction": self.arch_fraction,
             "warmup_epochs": self.warmup_epochs,
             "world_size": self.fabric.world_size,
+            "optimizer": type(self.optimizer).__name__,
+            "parameters per group": [len(group["params"]) for group in self.optimizer.param_groups],
         }
 
     def _shows(self) -> bool | None:

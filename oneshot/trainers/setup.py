@@ -40,7 +40,7 @@ def check_counts(
 
 
 def own_fabric(device: torch.device | str | None, devices: int, strategy: str, precision: str) -> Fabric:
-    allowed = ("32-true", "bf16-mixed", "16-mixed")
+    allowed = ("32-true", "bf16-mixed")
     if precision not in allowed:
         raise ConfigurationError(f"precision={precision!r}: allowed are {list(allowed)}; alphas stay in float32")
     if device is None:
