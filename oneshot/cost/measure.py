@@ -20,7 +20,7 @@ from .table import LatencyTable, mutable_calls, option_name, price
 
 __all__ = ["measure_latency", "time_module"]
 
-_ROUNDS = 3
+_ROUNDS = 5
 _ENDS = (0, -1)  # the first and the last option of every choice
 
 
@@ -39,7 +39,7 @@ def measure_latency(
 ) -> LatencyTable:
     """Time every candidate of every choice of a search model on the CPU with one thread.
 
-    Every candidate is timed in ``3`` interleaved rounds of at least ``min_run_time`` seconds, and its median kept. A
+    Every candidate is timed in 5 interleaved rounds of at least ``min_run_time`` seconds, and its median kept. A
     candidate that holds choices itself is priced without them; a choice that is called several times has the mean
     of its calls. ``fixed`` is what two whole networks (the first and the last option everywhere) take beyond their
     priced candidates. Milliseconds for ``args`` as it is, whatever its batch size. The model, the number of threads
@@ -130,7 +130,8 @@ def _pin(known: Mapping[str, Decision], choices: Mapping[str, int]) -> None:
 def _random_like(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
-    return torch.rand(tensor.shape, dtype=tensor.dtype, generator=torch.Generator().manual_seed(0))
+    # Filled in place, so that the layout in memory (channels last, say) is the one the network runs in.
+    return torch.empty_like(tensor).uniform_(generator=torch.Generator().manual_seed(0))
 
 
 def _timed(run: Callable[[], Any], min_run_time: float) -> Measurement:
