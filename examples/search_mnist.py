@@ -34,6 +34,7 @@ from oneshot import (
     measure_latency,
     price,
 )
+from oneshot.cost import cost_range
 from oneshot.data import ArrayDataset, holdout, mnist5k
 from oneshot.export import arch_of, choices_of
 from oneshot.loggers import markdown_table
@@ -75,6 +76,7 @@ def search(train: ArrayDataset, out: Path) -> tuple[ProxylessTrainer, float]:
     measured.write(out / "latency_table.yaml")
     latency = price(model, images, measured)
     target = SHARE * latency.of(largest(latency))
+    assert cost_range(latency)[0] <= target, f"the fastest network takes more than {target:.3f} ms on this machine"
     trainer = ProxylessTrainer(
         model,
         loss=LabelSmoothingLoss(),
