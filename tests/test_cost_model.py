@@ -60,7 +60,7 @@ def leaf(rng: random.Random) -> nn.Module:
 # --- expectation ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32))
 def test_expected_params_are_the_sum_over_all_rebuilt_networks(seed: int) -> None:
     model = random_space(seed, leaf)

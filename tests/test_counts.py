@@ -57,7 +57,7 @@ def image(rng: random.Random) -> nn.Module:
     return rng.choice([conv, conv, down_up, nn.BatchNorm2d(4), nn.Identity()])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32))
 def test_params_are_those_of_every_rebuilt_network(seed: int) -> None:
     model = random_space(seed, dense)

@@ -94,7 +94,7 @@ def check(problem: Problem) -> None:
 # --- against enumeration ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(problems(WHOLE))
 def test_best_with_whole_costs_and_ties_at_the_budget(problem: Problem) -> None:
     check(problem)
@@ -106,7 +106,7 @@ def test_best_with_costs_that_are_rounded(problem: Problem) -> None:
     check(problem)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems(WHOLE), st.sampled_from([0.0, 0.5, 1.0]))
 def test_budgets_that_may_be_out_of_reach(problem: Problem, below: float) -> None:
     log_p, costs, _ = problem
@@ -123,7 +123,7 @@ def test_budgets_that_may_be_out_of_reach(problem: Problem, below: float) -> Non
         assert f"{name}: budget {budget[name]:.15g}, reachable {low:.15g} to {high:.15g} u" in str(caught.value)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems(WHOLE) | problems(BROKEN))
 def test_range_of_a_cost(problem: Problem) -> None:
     log_p, costs, _ = problem

@@ -7,36 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from every_sampler import SAMPLERS
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from oneshot import (
-    Argmax,
-    BinaryGates,
-    EveryPath,
-    GumbelSoftmax,
     InputChoice,
     OnePath,
-    Softmax,
-    UniformPath,
     draw,
     set_sampler,
 )
 from oneshot.errors import ConfigurationError, ShapeMismatchError
 from oneshot.mutables import Sampler
 
-SAMPLERS: list[Sampler] = [
-    Softmax(),
-    GumbelSoftmax(0.8),
-    GumbelSoftmax(0.8, hard=True),
-    BinaryGates(1),
-    BinaryGates(2),
-    BinaryGates("all"),
-    UniformPath(),
-    Argmax(),
-    OnePath(1),
-    EveryPath(),
-]
 SPACES = [(3, 1), (4, 2), (3, 3), (3, None)]
 REDUCTIONS = ["sum", "mean", "concat", "none"]
 

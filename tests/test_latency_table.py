@@ -375,7 +375,7 @@ def read_or_refused(source: Mapping[Any, Any] | Path) -> None:
         assert all(type(ms) is float and 0 <= ms < math.inf for ms in numbers(LatencyTable.read(source)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(TABLES)
 def test_any_mapping_is_read_or_refused(table: Mapping[Any, Any]) -> None:
     read_or_refused(table)
@@ -396,7 +396,7 @@ def test_any_written_file_is_read_or_refused(
 YAML_LIKE = st.text(alphabet="ab01.:-+e{}[],&*!?|>'\"# \n\t<=~_x", max_size=40)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(content=YAML_LIKE.map(str.encode) | st.binary(max_size=40), ending=st.sampled_from([".yaml", ".json"]))
 @example(content=b"a: &b [&a [], *a]\nb: *b", ending=".yaml")
 @example(content=b"<<: {a: 1}\n<<: {a: 2}", ending=".yaml")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_sampler import SAMPLERS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,18 +33,6 @@ from oneshot import (
 from oneshot.errors import ConfigurationError, LabelError, ShapeMismatchError, UnsupportedModelError
 from oneshot.mutables import Sampler
 
-SAMPLERS: list[Sampler] = [
-    Softmax(),
-    GumbelSoftmax(0.8),
-    GumbelSoftmax(0.8, hard=True),
-    BinaryGates(1),
-    BinaryGates(2),
-    BinaryGates("all"),
-    UniformPath(),
-    Argmax(),
-    OnePath(1),
-    EveryPath(),
-]
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 
 

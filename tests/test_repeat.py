@@ -7,18 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from every_sampler import SAMPLERS
 from torch import Tensor, nn
 
 from oneshot import (
-    Argmax,
     BinaryGates,
     EveryPath,
-    GumbelSoftmax,
     LayerChoice,
     OnePath,
     Repeat,
     Softmax,
-    UniformPath,
     arch_parameters,
     decisions,
     draw,
@@ -91,20 +89,6 @@ def test_depth_zero_hands_the_input_on_but_not_its_memory() -> None:
     y += 7
     assert x.tolist() == [0.0, 0.0]
     assert y.tolist() == [7.0, 7.0]
-
-
-SAMPLERS: list[Sampler] = [
-    Softmax(),
-    GumbelSoftmax(0.8),
-    GumbelSoftmax(0.8, hard=True),
-    BinaryGates(1),
-    BinaryGates(2),
-    BinaryGates("all"),
-    UniformPath(),
-    Argmax(),
-    OnePath(1),
-    EveryPath(),
-]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
