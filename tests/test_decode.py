@@ -155,6 +155,28 @@ def test_a_crowd_just_above_the_budget() -> None:
         best_under_budget(log_p, {"c": cost}, {"c": n * 10**6 - 0.5})
 
 
+def test_ties_of_decimal_numbers() -> None:
+    """0.1 + 1.3 and 0.7 + 0.7 differ as floats; for who wrote the table both are 1.4, and meet a budget of 1.4."""
+    n = 10
+    cost = cost_of([[0.1, 0.7, 1.3]] * n)
+    tenths = cost_of([[1, 7, 13]] * n)
+    log_p = {f"l{i}": [-2.0 - i / 7, -1.0, -0.1 * i] for i in range(n)}
+    for limit in (10, 16, 70, 100, 124):
+        got = best_under_budget(log_p, {"c": cost}, {"c": limit / 10})
+        expected = best_under_budget(log_p, {"c": tenths}, {"c": limit})
+        assert (cost.of(got), tenths.of(got) <= limit) == (tenths.of(got) / 10, True)
+        assert score(log_p, got) == pytest.approx(score(log_p, expected), abs=1e-8)
+
+
+def test_nothing_fits_by_less_than_the_tolerance() -> None:
+    cost = cost_of([[0.1, 0.7, 1.3]] * 12, fixed=1e6)
+    log_p = {f"l{i}": [-2.0, -1.0, -0.1] for i in range(12)}
+    low, _ = cost_range(cost)
+    assert best_under_budget(log_p, {"c": cost}, {"c": low}) == dict.fromkeys(log_p, 0)
+    with pytest.raises(InfeasibleTargetError, match=r"reachable 1000001\.2 to"):
+        best_under_budget(log_p, {"c": cost}, {"c": low - 1e-5})
+
+
 def test_a_large_option_that_leaves_room_for_no_small_one() -> None:
     """The large option is worth more than all small ones together, and with it every small one is too much."""
     n = 10
@@ -200,11 +222,11 @@ def test_a_model_without_choices() -> None:
 
 
 def test_the_minimum_in_the_message_is_enough() -> None:
-    """0.1 + 0.2 is above 0.3: a minimum that is rounded down could not be met."""
-    cost = cost_of([[0.1], [0.2, 5.0]])
+    """A minimum that was rounded down, or to 6 digits, could not be met."""
+    cost = cost_of([[1 / 3], [2 / 7, 5.0]], fixed=1e6)
     log_p = {"l0": [0.0], "l1": [-1.0, -0.1]}
-    with pytest.raises(InfeasibleTargetError, match=r"reachable 0\.30000000000000004 to 5\.1") as caught:
-        best_under_budget(log_p, {"c": cost}, {"c": 0.3})
+    with pytest.raises(InfeasibleTargetError, match=r"budget 1000000\.5, reachable 1000000\.61904762 to ") as caught:
+        best_under_budget(log_p, {"c": cost}, {"c": 1000000.5})
     least = float(str(caught.value).split("reachable ")[1].split()[0])
     assert best_under_budget(log_p, {"c": cost}, {"c": least}) == {"l0": 0, "l1": 0}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import final
 
@@ -130,16 +130,10 @@ def _infeasible(costs: Mapping[str, CostModel], budget: Mapping[str, float]) -> 
     lines = [f"no architecture meets {dict(budget)}:"]
     for name, limit in budget.items():
         low, high = cost_range(costs[name])
-        lines.append(f"  {name}: budget {limit:.15g}, reachable {_enough(low)} to {_enough(high)} {costs[name].unit}")
+        lines.append(f"  {name}: budget {limit:.15g}, reachable {low:.15g} to {high:.15g} {costs[name].unit}")
     if len(budget) > 1:
         lines.append("  (each range by itself; the budgets must be met together)")
     return "\n".join([*lines, "raise the budget, or give the space smaller candidates"])
-
-
-def _enough(value: float) -> str:
-    """A number short enough to read that is not below ``value``: who takes it as a budget must meet it."""
-    short = f"{value:.15g}"
-    return short if float(short) >= value else repr(value)
 
 
 class _Linear:
@@ -208,9 +202,7 @@ class _Program:
 
     def cut_off(self, cost: CostModel, limit: float, choices: Mapping[str, int]) -> None:
         """Forbid choices that are above a limit, and all that cost at least as much for the same reason."""
-        cover = {label: frozenset(options) for label, options in _cover(cost, limit, choices)}
-        if not cover:
-            cover = {label: frozenset({option}) for label, option in choices.items()}
+        cover = _cover(cost, limit, choices)
         row = {self.first[label] + o: 1.0 for label, options in cover.items() for o in options}
         self.rows.append((row, -np.inf, len(cover) - 1.0))
 
@@ -253,23 +245,26 @@ class _Program:
         }
 
 
-def _cover(cost: CostModel, limit: float, choices: Mapping[str, int]) -> Iterator[tuple[str, list[int]]]:
+def _cover(cost: CostModel, limit: float, choices: Mapping[str, int]) -> dict[str, list[int]]:
     """Labels and options such that whoever takes one of these options of every label is above the limit.
 
-    They are those of ``choices`` and what costs no less; labels that are not needed for the excess are left out.
-    Nothing if the excess is of the size of a rounding error.
+    They are those of ``choices`` and what costs no less; labels that are not needed for the excess are left out, so
+    that there are none when nothing can meet the limit. Only ``choices`` themselves if their excess is of the size of
+    a rounding error.
     """
-    guard = 1e-12 * (abs(cost.fixed) + sum(max(map(abs, row)) for row in cost.table.values()) + abs(limit))
-    guard += 1e-12 * sum(abs(term.value) for term in cost.products)
+    every = (cost.fixed, limit, *(v for row in cost.table.values() for v in row), *(t.value for t in cost.products))
+    above = limit + 1e-12 * max(map(abs, every))
     taken: dict[str, int | None] = {label: choices[label] for label in cost.sizes}
-    if not _at_least(cost, taken) > limit + guard:
-        return
+    if not _at_least(cost, taken) > above:
+        return {label: [option] for label, option in choices.items()}
     for label in cost.sizes:
-        if not _at_least(cost, {**taken, label: None}) <= limit + guard:
+        if _at_least(cost, {**taken, label: None}) > above:
             taken[label] = None
-    for label, option in taken.items():
-        if option is not None:
-            yield label, [o for o in range(cost.sizes[label]) if _no_less(cost, label, o, option)]
+    return {
+        label: [other for other in range(cost.sizes[label]) if _no_less(cost, label, other, option)]
+        for label, option in taken.items()
+        if option is not None
+    }
 
 
 def _at_least(cost: CostModel, taken: Mapping[str, int | None]) -> float:

@@ -8,6 +8,7 @@ cost is the same function of the probabilities: E[C] = C(p), exactly, and differ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -99,12 +100,20 @@ class CostModel:
         self._flat: Tensor | None = None
 
     def of(self, choices: Mapping[str, int]) -> float:
-        """The cost of the architecture that takes option ``choices[label]`` of every label."""
-        total = self.fixed + sum(row[choices[label]] for label, row in self.table.items())
+        """The cost of the architecture that takes option ``choices[label]`` of every label, to 15 digits.
+
+        >>> from oneshot import LayerChoice
+        >>> choice = LayerChoice([nn.Identity()], label="a")
+        >>> terms = [Term(0.1, {}), Term(0.2, {"a": frozenset({0})})]
+        >>> CostModel("latency_ms", "ms", terms, choice).of({"a": 0})  # in floats, 0.1 + 0.2 is above 0.3
+        0.3
+        """
+        parts = [self.fixed, *(row[choices[label]] for label, row in self.table.items())]
         for term in self.products:
             if all(choices[label] in options for label, options in term.when.items()):
-                total += term.value
-        return total
+                parts.append(term.value)
+        # The sum of decimal numbers is then the decimal one in any order, and what costs a budget is not above it.
+        return float(f"{math.fsum(parts):.15g}")
 
     def expected(self, probabilities: Mapping[str, Tensor]) -> Tensor:
         """E[C] for independent decisions; ``probabilities[label]``: shape (n,), need not sum to 1."""
