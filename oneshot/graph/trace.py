@@ -8,7 +8,7 @@ mutables of one label are one variable, also when one of them is inside a candid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,11 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import OneshotError, UnsupportedModelError
 from ..mutables import EveryPath, LayerChoice, Mutable, Repeat, Sampler, decisions, set_sampler
 
-__all__ = ["Call", "Condition", "evaluated", "intersect", "parameter_conditions", "trace_calls", "undecided_inside"]
+__all__ = [
+    "Call",
+    "Condition",
+    "Operation",
+    "evaluated",
+    "intersect",
+    "parameter_conditions",
+    "trace_calls",
+    "trace_operations",
+    "undecided_inside",
+]
 
 Condition = Mapping[str, frozenset[int]]
 
@@ -63,6 +74,22 @@ class Call:
         )
 
 
+@dataclass(frozen=True)
+class Operation:
+    """One call of an operator of torch outside of all units: on what, and under which decisions it happens.
+
+    ``name``: as torch writes it, such as 'aten::mm'; ``path``: of the innermost module that was running. Tensors are
+    on the meta device: only their shapes survive.
+    """
+
+    name: str
+    path: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+    when: Condition
+
+
 def intersect(one: Condition, other: Condition) -> Condition | None:
     """The condition that both hold, None when they never do.
 
@@ -89,13 +116,25 @@ def trace_calls(
     random numbers of torch on the CPU are afterwards as they were.
     """
     tracer = _Tracer(model, is_unit, keep)
-    try:
-        tracer.attach()
-        with torch.random.fork_rng(devices=[]), evaluated(model, EveryPath()):
-            _run(model, args)
-    finally:
-        tracer.remove()
+    tracer.run(args)
     return tracer.calls
+
+
+def trace_operations(
+    model: nn.Module,
+    args: Sequence[Any],
+    is_unit: Callable[[nn.Module], bool],
+    is_wanted: Callable[[str], bool],
+) -> tuple[list[Call], list[Operation]]:
+    """``trace_calls``, and of the operators that run outside of all units those that are wanted by their name.
+
+    These are the operators that a kernel is chosen for, below the functions of Python: ``x @ w``, ``F.linear`` and
+    ``torch.einsum`` are all seen as the matrix products that they come to.
+    """
+    tracer = _Tracer(model, is_unit, keep=False)
+    watch = _Watch(tracer, is_wanted)
+    tracer.run(args, watch)
+    return tracer.calls, watch.operations
 
 
 @dataclass
@@ -120,6 +159,16 @@ class _Tracer:
         self.entered = 0
         self.inside = 0
         self.handles: list[Any] = []
+
+    def run(self, args: Sequence[Any], watch: _Watch | None = None) -> None:
+        try:
+            self.attach()
+            if watch is not None:
+                watch.attach(self.model, self.handles)
+            with torch.random.fork_rng(devices=[]), evaluated(self.model, EveryPath()), watch or nullcontext():
+                _run(self.model, args)
+        finally:
+            self.remove()
 
     def attach(self) -> None:
         followed = {*self.children, *(id(child.module) for row in self.children.values() for child in row)}
@@ -167,6 +216,42 @@ class _Tracer:
             args, kwargs, output = pytree.tree_map_only(Tensor, _shape_only, (args, kwargs, output))
         number = top.number if isinstance(module, Mutable) else -1
         self.calls.append(Call(path, module, args, kwargs, output, top.when, number, top.parent))
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the wanted operators of a traced run, while no unit runs."""
+
+    def __init__(self, tracer: _Tracer, is_wanted: Callable[[str], bool]) -> None:
+        super().__init__()
+        self.tracer, self.is_wanted = tracer, is_wanted
+        self.paths = [""]
+        self.operations: list[Operation] = []
+
+    def attach(self, model: nn.Module, handles: list[Any]) -> None:
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(partial(self._enter, path)))
+            handles.append(module.register_forward_hook(self._leave))
+
+    def _enter(self, path: str, module: nn.Module, args: Any) -> None:
+        self.paths.append(path)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.paths.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # In inference mode an operator that is made of others arrives in one piece.
+        with self:
+            output = func.decompose(*args, **kwargs)
+        if output is not NotImplemented:
+            return output
+        output = func(*args, **kwargs)
+        name = func.name().partition(".")[0]
+        when = self.tracer.stack[-1].when
+        if not self.tracer.inside and when is not None and self.is_wanted(name):
+            args, kwargs, shapes = pytree.tree_map_only(Tensor, _shape_only, (args, kwargs, output))
+            self.operations.append(Operation(name, self.paths[-1], args, kwargs, shapes, when))
+        return output
 
 
 def parameter_conditions(model: nn.Module) -> list[tuple[nn.Parameter, list[Condition]]]:

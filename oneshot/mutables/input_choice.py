@@ -56,14 +56,16 @@ class InputChoice(Mutable):
         self._decide()
 
     def forward(self, inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> Any:
-        tensors = self._ordered(inputs)
         if self.decided is not None:
-            return reduce_inputs([tensors[i] for i in self.options[self.decided]], self.reduction)
+            return self.chosen(self.decided, inputs)
+        return combine(self.gate(), self._chosen, self._ordered(inputs), self._subset)
 
-        def evaluate(k: int, tensors: Sequence[Tensor]) -> Any:
-            return reduce_inputs([tensors[i] for i in self.options[k]], self.reduction)
+    def chosen(self, k: int, inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> Any:
+        """The output if option ``k`` is decided for."""
+        return self._chosen(k, self._ordered(inputs))
 
-        return combine(self.gate(), evaluate, tensors, self._subset)
+    def _chosen(self, k: int, tensors: Sequence[Tensor]) -> Any:
+        return reduce_inputs([tensors[i] for i in self.options[k]], self.reduction)
 
     def _ordered(self, inputs: Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
         if self.names is not None:
