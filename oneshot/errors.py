@@ -14,6 +14,7 @@ __all__ = [
     "ShapeMismatchError",
     "TrainingDivergedError",
     "UnknownCostError",
+    "UnsafePickleError",
     "UnsupportedModelError",
 ]
 
@@ -51,6 +52,10 @@ class UnknownCostError(OneshotError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr, with escaped line ends
         return str(self.args[0])
+
+
+class UnsafePickleError(OneshotError, ValueError):
+    """A predictor file holds, or claims, something a random forest does not need; nothing of it was run."""
 
 
 class InfeasibleTargetError(OneshotError, ValueError):

@@ -28,13 +28,14 @@ _MOST_CONDITIONS = 16
 
 @dataclass(frozen=True)
 class Term:
-    """``value`` (in the unit of its cost) that is due while ``when`` holds."""
+    """``value`` (in the unit of its cost) that is due while ``when`` holds; ``path``: the module it is due for."""
 
     value: float
     when: Condition
+    path: str = ""
 
 
-def terms_of_any(value: float, conditions: Sequence[Condition]) -> list[Term]:
+def terms_of_any(value: float, conditions: Sequence[Condition], path: str = "") -> list[Term]:
     """Terms of a value that is due once while any of the conditions holds (inclusion and exclusion).
 
     >>> a, b = {"a": frozenset({0})}, {"b": frozenset({1})}
@@ -58,7 +59,7 @@ def terms_of_any(value: float, conditions: Sequence[Condition]) -> list[Term]:
             for when in group:
                 both = None if both is None else intersect(both, when)
             if both is not None:
-                terms.append(Term(value if size % 2 else -value, both))
+                terms.append(Term(value if size % 2 else -value, both, path))
     return terms
 
 
@@ -72,7 +73,8 @@ class CostModel:
     """A named cost of a search model, measured or counted once.
 
     ``expected(probabilities)``: E[C], a differentiable scalar. ``of(choices)``: C of one architecture, a float.
-    ``unit``: what the numbers are; ``table``: label -> cost of each option, for conditions on that label alone.
+    ``unit``: what the numbers are; ``table``: label -> cost of each option, for conditions on that label alone;
+    ``terms``: what it was made of, by module.
 
     >>> model = nn.Sequential(nn.Linear(2, 2))
     >>> cost = CostModel("macs", "MAC", [Term(4.0, {})], model)
@@ -82,11 +84,12 @@ class CostModel:
 
     def __init__(self, name: str, unit: str, terms: Iterable[Term], model: nn.Module) -> None:
         self.name, self.unit = name, unit
+        self.terms = tuple(terms)
         self.sizes = {label: len(d.options) for label, d in _undecided(model).items()}
         self.fixed = 0.0
         self.table: dict[str, list[float]] = {label: [0.0] * n for label, n in self.sizes.items()}
         products: dict[tuple[tuple[str, frozenset[int]], ...], float] = {}
-        for term in terms:
+        for term in self.terms:
             if not term.when:
                 self.fixed += term.value
             elif len(term.when) == 1:
@@ -114,6 +117,10 @@ class CostModel:
                 parts.append(term.value)
         # The sum of decimal numbers is then the decimal one in any order, and what costs a budget is not above it.
         return float(f"{math.fsum(parts):.15g}")
+
+    def soft(self, probabilities: Mapping[str, Tensor]) -> Tensor:
+        """The differentiable cost, which is ``expected(probabilities)``."""
+        return self.expected(probabilities)
 
     def expected(self, probabilities: Mapping[str, Tensor]) -> Tensor:
         """E[C] for independent decisions; ``probabilities[label]``: shape (n,), need not sum to 1."""
