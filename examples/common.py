@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from oneshot import CostModel, LabelSmoothingLoss
-from oneshot.cost import time_module
+from oneshot.cost import time_modules
 from oneshot.data import ArrayDataset
 
 
@@ -92,9 +91,8 @@ def measured_ms(nets: Mapping[str, nn.Module], shape: tuple[int, ...]) -> dict[s
     """Median ms of an input of this shape on one thread; the networks take turns, so that the machine's mood meets
     all alike.
     """
-    image = (torch.rand(shape),)
-    rounds = [{name: time_module(net, image) for name, net in nets.items()} for _ in range(7)]
-    return {name: statistics.median(found[name] for found in rounds) for name in nets}
+    timings = time_modules(list(nets.values()), (torch.rand(shape),), rounds=7, min_run_time=0.05)
+    return {name: timing.median_ms for name, timing in zip(nets, timings, strict=True)}
 
 
 def table(

@@ -29,13 +29,14 @@ from torch.nn import functional as F
 
 from oneshot import (
     LabelSmoothingLoss,
+    LatencyTable,
     ProxylessTrainer,
     accuracy,
     count_macs,
     count_params,
     fixed,
     load_fixed,
-    measure_latency,
+    measure_table,
     price,
 )
 from oneshot.data import ArrayDataset, cifar10, stratified_split
@@ -133,7 +134,7 @@ def search(train: ArrayDataset, args: argparse.Namespace) -> tuple[ProxylessTrai
     torch.manual_seed(SEED)
     model = space(args.stem_stride)
     images = (torch.rand(IMAGES),)
-    latencies = measure_latency(model, images)
+    latencies = measure_table(model, images)
     latencies.write(args.out / "latency_table.yaml")
     latency = price(model, images, latencies)
     fastest, slowest = latency.of(smallest(latency)), latency.of(largest(latency))
@@ -169,14 +170,13 @@ def search(train: ArrayDataset, args: argparse.Namespace) -> tuple[ProxylessTrai
     return trainer, target
 
 
-def compare(
-    trainer: ProxylessTrainer, target: float, train: ArrayDataset, test: ArrayDataset, args: argparse.Namespace
-) -> None:
+def compare(target: float, train: ArrayDataset, test: ArrayDataset, args: argparse.Namespace) -> None:
     """Rebuild from the JSON, retrain, print the table, and check what is claimed."""
     factory = partial(space, args.stem_stride)
     model, written = factory(), args.out / "arch.json"
-    latency = trainer.cost_model("latency_ms")
-    params, macs = count_params(model), count_macs(model, (torch.rand(1, *IMAGES[1:]),))
+    images = (torch.rand(IMAGES),)
+    latency = price(model, images, LatencyTable.read(args.out / "latency_table.yaml"))
+    params, macs = count_params(model), count_macs(model, images)
     rng = random.Random(SEED)
     choices = {"searched": choices_of(model, written), "largest": largest(latency)}
     choices |= {f"random {i}": random_feasible(latency, target, rng) for i in (1, 2, 3)}
@@ -222,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     searched = time.perf_counter()
     curve = ("epoch", "phase", "loss", "acc1", "entropy", "changed", "latency_ms_soft", "latency_ms_hard", "cost_share")
     print(markdown_table([{key: record.get(key) for key in curve} for record in trainer.history]))
-    compare(trainer, target, train, test, args)
+    print(f"\n{trainer.report(budget={'latency_ms': target})}", flush=True)
+    compare(target, train, test, args)
     print(f"search {searched - start:.0f} s, the rest {time.perf_counter() - searched:.0f} s")
 
 

@@ -25,13 +25,14 @@ from torch import nn
 
 from oneshot import (
     LabelSmoothingLoss,
+    LatencyTable,
     ProxylessTrainer,
     accuracy,
     count_macs,
     count_params,
     fixed,
     load_fixed,
-    measure_latency,
+    measure_table,
     price,
 )
 from oneshot.cost import cost_range
@@ -72,7 +73,7 @@ def search(train: ArrayDataset, out: Path) -> tuple[ProxylessTrainer, float]:
     """Measure, search, write the architecture JSON; returns the trainer and the latency target in ms."""
     torch.manual_seed(SEED)
     model, images = space(), (torch.rand(IMAGES),)
-    measured = measure_latency(model, images)
+    measured = measure_table(model, images)
     measured.write(out / "latency_table.yaml")
     latency = price(model, images, measured)
     target = SHARE * latency.of(largest(latency))
@@ -126,10 +127,12 @@ def main() -> None:
 
     trainer, target = search(data()[0], out)
     curve = ("epoch", "phase", "loss", "acc1", "entropy", "changed", "latency_ms_soft", "latency_ms_hard", "cost_share")
-    print(markdown_table([{key: record.get(key) for key in curve} for record in trainer.history]), flush=True)
+    print(markdown_table([{key: record.get(key) for key in curve} for record in trainer.history]))
+    print(f"\n{trainer.report(budget={'latency_ms': target})}", flush=True)
 
     model, images = space(), (torch.rand(IMAGES),)
-    latency, params, macs = trainer.cost_model("latency_ms"), count_params(model), count_macs(model, images)
+    latency = price(model, images, LatencyTable.read(out / "latency_table.yaml"))
+    params, macs = count_params(model), count_macs(model, images)
     rng = random.Random(SEED)
     choices = {"searched": choices_of(model, out / "arch.json"), "largest": largest(latency)}
     choices |= {f"random {i}": random_feasible(latency, target, rng) for i in (1, 2, 3)}

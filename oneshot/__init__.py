@@ -1,15 +1,26 @@
 """One-shot neural architecture search for PyTorch: the network that is exported is the one that was searched."""
 
 from .cost import CostModel as CostModel
+from .cost import CostSpec as CostSpec
 from .cost import LatencyTable as LatencyTable
+from .cost import WidthGrid as WidthGrid
+from .cost import count as count
 from .cost import count_macs as count_macs
 from .cost import count_params as count_params
-from .cost import measure_latency as measure_latency
+from .cost import count_peak_memory as count_peak_memory
+from .cost import counted_cost as counted_cost
+from .cost import latency_on as latency_on
+from .cost import layer_latency as layer_latency
+from .cost import measure_table as measure_table
+from .cost import nn_meter_latency as nn_meter_latency
 from .cost import price as price
+from .cost import weight_bytes as weight_bytes
 from .export import as_graph as as_graph
+from .export import export_onnx as export_onnx
 from .export import fixed as fixed
 from .export import fixed_arch as fixed_arch
 from .export import load_fixed as load_fixed
+from .export import table_error as table_error
 from .losses import LabelSmoothingLoss as LabelSmoothingLoss
 from .losses import accuracy as accuracy
 from .mutables import Argmax as Argmax

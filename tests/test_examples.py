@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from oneshot import CostModel, LayerChoice, fixed, load_fixed, measure_latency
-from oneshot.cost import Term, time_module
+from oneshot import CostModel, LayerChoice, fixed, load_fixed, measure_table
+from oneshot.cost import Term, time_modules
 from oneshot.data import ArrayDataset
 from oneshot.errors import ConfigurationError
 from oneshot.export import read_arch
@@ -195,8 +195,8 @@ def test_the_cifar_example_runs_to_its_end(
     cifar: Any, common: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Rough times are as good here, and the many rounds of measuring would take longer than all the rest.
-    monkeypatch.setattr(cifar, "measure_latency", partial(measure_latency, min_run_time=1e-4))
-    monkeypatch.setattr(common, "time_module", partial(time_module, min_run_time=1e-4))
+    monkeypatch.setattr(cifar, "measure_table", partial(measure_table, min_run_time=1e-4, cache=False))
+    monkeypatch.setattr(common, "time_modules", lambda nets, args, **_: time_modules(nets, args, min_run_time=1e-4))
     monkeypatch.setattr(cifar, "BATCH", 16)
     write_packed(tmp_path, per_class=8)  # 80 images: 4 batches for the weights, 1 for the alphas
     short = ["--warmup-epochs", "0", "--epochs", "2", "--retrain-epochs", "1"]

@@ -207,6 +207,48 @@ def test_a_width_that_was_not_measured_names_the_missing_key() -> None:
         price(narrow, (torch.zeros(1, 3, 224, 224),), LatencyTable.read(PUBLISHED))
 
 
+# Rows of the table that Once-for-All (arXiv 1908.09791) publishes for the Note 10 at 224 pixels.
+ONCE_FOR_ALL = """
+Conv-input:224x224x3-output:112x112x24:
+  count: 500
+  mean: 0.994418
+  std: 0.01726798413249215
+expanded_conv-input:28x28x48-output:28x28x48-expand:192-kernel:3-stride:1-idskip:1-se:1-hs:0:
+  count: 94
+  mean: 1.406712765957447
+  std: 0.024504720492020148
+expanded_conv-input:28x28x48-output:28x28x48-expand:192-kernel:7-stride:1-idskip:1-se:1-hs:0:
+  count: 115
+  mean: 2.6231304347826083
+  std: 0.08631202462845568
+"""
+
+
+class MobileV3(nn.Module):
+    """Priced whole, by the keys of Once-for-All."""
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(48, 48, kernel, padding=kernel // 2, groups=48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x)
+
+    def latency_key(self, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> str:
+        size = f"{input_shape[2]}x{input_shape[3]}x{input_shape[1]}"
+        kernel = self.depthwise.kernel_size[0]
+        return f"expanded_conv-input:{size}-output:{size}-expand:192-kernel:{kernel}-stride:1-idskip:1-se:1-hs:0"
+
+
+def test_published_table_of_once_for_all(tmp_path: Path) -> None:
+    (tmp_path / "ofa.yaml").write_text(ONCE_FOR_ALL, encoding="utf-8")
+    table = LatencyTable.read(tmp_path / "ofa.yaml")
+    assert table.by_key
+    choice = LayerChoice({"k3": MobileV3(3), "k7": MobileV3(7), "skip": nn.Identity()}, label="block")
+    cost = price(nn.Sequential(choice), (torch.zeros(1, 48, 28, 28),), table)
+    assert [cost.of({"block": k}) for k in range(3)] == [1.40671276595745, 2.62313043478261, 0.0]
+
+
 # --- what is refused --------------------------------------------------------------------------------------------
 
 BAD_NUMBERS = {
@@ -244,12 +286,16 @@ def test_a_number_that_is_none_is_named_with_its_row(shown: str) -> None:
 MEASURED = {"format": "oneshot-latency", "version": 1, "unit": "ms", "fixed": 1.0, "places": {"0": {"a": 1.0}}}
 
 
+def version_2(row: Any) -> dict[str, Any]:
+    return {**MEASURED, "version": 2, "places": {"0": {"a": row}}}
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
         ({}, "a mapping: the latency table has no rows"),
         ({"fixed": 1.0}, "a mapping: the latency table has no rows"),
-        ({**MEASURED, "version": 2}, "version 2 in unit 'ms'; this library reads version 1 in unit 'ms'"),
+        ({**MEASURED, "version": 3}, "version 3 in unit 'ms'; this library reads versions 1 and 2 in unit 'ms'"),
         ({**MEASURED, "version": True}, "version True in unit 'ms'"),
         ({**MEASURED, "version": None}, "version None in unit 'ms'"),
         ({**MEASURED, "unit": "s"}, "version 1 in unit 's'"),
@@ -258,6 +304,15 @@ MEASURED = {"format": "oneshot-latency", "version": 1, "unit": "ms", "fixed": 1.
         ({**MEASURED, "places": {"0": 1.0}}, "'0': a mapping of rows is needed, got a float"),
         ({**MEASURED, "runtime": "here"}, "'runtime': a mapping of rows is needed, got a str"),
         ({**MEASURED, "runtime": 5}, "'runtime': a mapping of rows is needed, got a int"),
+        ({**MEASURED, "places": {"0": {"a": {"median": 1.0}}}}, "row '0/a' is a dict"),  # not in version 1
+        (version_2({}), "row '0/a' is None"),
+        (version_2({"median": "1"}), "row '0/a' is '1'"),
+        (version_2({"median": 1.0}), "row '0/a/n' is None; a number of repetitions >= 1"),
+        (version_2({"median": 1.0, "iqr": 0.1, "n": 0}), "row '0/a/n' is 0"),
+        (version_2({"median": 1.0, "iqr": 0.1, "n": 1.5}), "row '0/a/n' is 1.5"),
+        (version_2({"median": 1.0, "iqr": 0.1, "n": True}), "row '0/a/n' is True"),
+        (version_2({"median": 1.0, "iqr": -0.1, "n": 9}), "row '0/a/iqr' is -0.1"),
+        (version_2({"median": 1.0, "n": 9}), "row '0/a/iqr' is None"),
         ({True: 1.0}, "row True is named by a bool; a name is text (YAML reads on, off, yes, no"),
         ({None: 1.0}, "row None is named by a NoneType"),
         ({"a": {1.5: 1.0}}, "'a': row 1.5 is named by a float"),
@@ -352,14 +407,14 @@ SCALARS = (
     | st.text(max_size=5)
 )
 KEYS = st.sampled_from(
-    ["format", "version", "unit", "places", "fixed", "runtime", "a", "b", "mean", "x-input:1-output:2"]
+    ["format", "version", "unit", "places", "fixed", "runtime", "a", "b", "mean", "median", "iqr", "n", "x-input:1"]
 )
 TREES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | SCALARS, inner, max_size=4),
     max_leaves=12,
 )
-HEADS = st.sampled_from([{}, {"format": "oneshot-latency", "version": 1, "unit": "ms"}])
+HEADS = st.sampled_from([{}, *({"format": "oneshot-latency", "version": v, "unit": "ms"} for v in (1, 2))])
 TABLES = st.builds(lambda head, rows: {**head, **rows}, HEADS, st.dictionaries(KEYS | SCALARS, TREES, max_size=5))
 
 
@@ -367,6 +422,7 @@ def numbers(table: LatencyTable) -> Iterator[float]:
     yield from table.anywhere.values()
     yield from itertools.chain.from_iterable(rows.values() for rows in table.by_place.values())
     yield 0.0 if table.fixed is None else table.fixed
+    yield from (row["iqr"] for rows in table.spread.values() for row in rows.values())
 
 
 def read_or_refused(source: Mapping[Any, Any] | Path) -> None:
@@ -415,20 +471,62 @@ NAMES = st.sampled_from(["", "0", "1.candidates.a", "fixed", "places", "on", "nu
 ROWS = st.dictionaries(NAMES | st.text(max_size=5), st.floats(0, 1e9), max_size=4)
 
 
+SPREAD = st.none() | st.fixed_dictionaries({"iqr": st.floats(0, 1e9), "n": st.integers(1, 10**9)})
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     places=st.dictionaries(NAMES | st.text(max_size=5), ROWS, max_size=4),
     fixed=st.none() | st.floats(0, 1e9),
     ending=st.sampled_from([".yaml", ".json"]),
+    data=st.data(),
 )
 def test_what_is_written_is_read_back(
-    folder: Path, places: dict[str, dict[str, float]], fixed: float | None, ending: str
+    folder: Path, places: dict[str, dict[str, float]], fixed: float | None, ending: str, data: st.DataObject
 ) -> None:
-    table = LatencyTable(by_place=places, fixed=fixed, runtime={"machine": "this one", "threads": "1"})
+    drawn = {place: {name: data.draw(SPREAD) for name in rows} for place, rows in places.items()}
+    some = {place: {name: row for name, row in rows.items() if row is not None} for place, rows in drawn.items()}
+    spread = {place: rows for place, rows in some.items() if rows}
+    table = LatencyTable(by_place=places, fixed=fixed, runtime={"machine": "this one", "threads": "1"}, spread=spread)
     table.write(folder / f"written{ending}")
     again = LatencyTable.read(folder / f"written{ending}")
     assert again.as_dict() == table.as_dict()
     assert (again.by_place, again.fixed, again.runtime, again.by_key) == (places, fixed, table.runtime, False)
+    assert again.spread == spread
+
+
+def test_version_1_and_2_as_files(tmp_path: Path) -> None:
+    runtime = {"runtime": "torch 2.13.0", "threads": "1"}
+    first = {**MEASURED, "runtime": runtime}
+    second = {**version_2({"median": 1.0, "iqr": 0.25, "n": 40}), "runtime": runtime}
+    for i, data in enumerate((first, second)):
+        (tmp_path / f"{i}.json").write_text(json.dumps(data), encoding="utf-8")
+    one, two = (LatencyTable.read(tmp_path / f"{i}.json") for i in (0, 1))
+    assert (one.by_place, one.fixed, one.runtime) == (two.by_place, two.fixed, two.runtime)
+    assert (one.spread, two.spread) == ({}, {"0": {"a": {"iqr": 0.25, "n": 40}}})
+    assert two.as_dict() == second
+    assert one.as_dict() == {**first, "version": 2}
+
+
+def test_a_calibrated_table_prices_scale_times_ms_plus_offset() -> None:
+    rows = {"small": 1.0, "large": 2.5, "first": {"small": 4.0}, "skip": 0.0, "fixed": 10.0}
+    model, table = net(), LatencyTable.read(rows)
+    before, after = (price(model, (X,), t) for t in (table, table.calibrated(1.5, -2.0)))
+    for choices in architectures(model):
+        assert after.of(choices) == pytest.approx(1.5 * before.of(choices) - 2.0, rel=1e-12)
+    assert LatencyTable(anywhere={"a": 1.0}).calibrated(2.0, 0.5).fixed == 0.5
+    measured = LatencyTable.read(version_2({"median": 1.0, "iqr": 0.25, "n": 40})).calibrated(2.0, 0.0)
+    assert measured.spread == {"0": {"a": {"iqr": 0.5, "n": 40}}}
+    keys = LatencyTable.read(OPERATORS).calibrated(2.0, 0.0)
+    assert (keys.by_key, keys.anywhere) == (True, {"op-input:3-output:3": 4.0, "op-input:3-output:5": 10.0})
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset"), [(0, 1), (-1, 100), (math.nan, 0), (1, -10.1), (math.inf, 0), (1, math.nan)]
+)
+def test_a_calibration_to_negative_times_is_refused(scale: float, offset: float) -> None:
+    with pytest.raises(ConfigurationError, match=r"of a table with fixed=10\.0: fixed would be"):
+        LatencyTable.read({"a": 1.0, "fixed": 10.0}).calibrated(scale, offset)
 
 
 def test_only_a_table_by_choice_is_written(tmp_path: Path) -> None:

@@ -306,9 +306,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"grad_reg_loss_type": "mul#log", "grad_reg_loss_params": {"alpha": 1, "beta": 1}, "ref_latency": 0.9},
         "above 1, because of its logarithm",
     ),
-    ({"cost": "watts"}, "allowed are 'params', 'macs'"),
-    ({"applied_hardware": "flops"}, "one cost"),
-    ({**BASE, "applied_hardware": "cortexA77"}, "allowed are 'this-machine', 'flops'"),
+    ({"cost": "watts"}, "'watts'.* allowed are the names .*'macs', .*'peak_memory'"),
+    ({"applied_hardware": "flops"}, "cost= already says what 'macs' is"),
+    ({"applied_hardware": "this-machine"}, "give a mapping with a reference each, or normalize=True"),
+    ({"cost": ["macs", "params"], "ref_latency": {"macs": 1e4}}, r"the costs of this run are \['macs', 'params'\]"),
+    ({"cost": {"macs": "params"}}, "cost 'macs': 'params'; allowed are"),
+    ({"cost": {"latency_ms": 3.0}, "ref_latency": 1}, r"hardware 3.0: allowed are \['this-machine',"),
+    ({"normalize": True}, "normalize=True and ref_latency=10000: give one"),
+    ({"missing": {"fc": 0.0}}, "this run has none; give their name or folder as applied_hardware"),
+    ({"grad_reg_loss_params": {"lambda": {"params": 1.0}}}, r"or, for lambda and beta, one for each of \['macs'\]"),
+    ({**BASE, "applied_hardware": "cortexA77"}, r"allowed are \['this-machine', .*cortexA76cpu_tflite21"),
     ({**BASE, "applied_hardware": "no/such/table.yaml"}, r"no/such/table\.yaml"),
     ({**BASE, "applied_hardware": {"k1": "fast"}}, "row 'k1' is 'fast'"),
     ({"paths": 3}, "paths=3"),
@@ -364,7 +371,7 @@ def test_budgets_are_met_by_the_rebuilt_network() -> None:
         assert sum(p.numel() for p in fixed(Tiny(), arch).parameters()) <= limit
     with pytest.raises(InfeasibleTargetError, match=f"{costs[0]:.6g}"):
         trainer.export(budget={"params": costs[0] - 1})
-    with pytest.raises(ConfigurationError, match=r"'latency_ms'.*\['macs', 'params'\]"):
+    with pytest.raises(ConfigurationError, match=r"'latency_ms': this run has \['macs', .*'params'"):
         trainer.export(budget={"latency_ms": 3})
 
 

@@ -1,158 +1,435 @@
-"""Counted costs: parameters and multiply-accumulates (MACs)."""
+"""Counted costs: parameters, multiply-accumulates (MACs), operations, bytes of weights."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..errors import UnknownCostError
-from ..graph import Call, parameter_conditions, trace_calls, undecided_inside
+from ..errors import ConfigurationError, UnknownCostError, UnsupportedModelError
+from ..graph import Call, Operation, parameter_conditions, trace_operations, undecided_inside
 from ..mutables import Mutable
 from .model import CostModel, Term, terms_of_any
+from .spec import OPERATORS, CostSpec, Formula, LayerSpec, Rule, operator_spec, read_layer
 
-__all__ = ["MAC_RULES", "LayerSpec", "conv_macs", "count_macs", "count_params", "linear_macs"]
+__all__ = [
+    "COUNTED",
+    "MACS",
+    "OPS",
+    "PARAMS_NO_BIAS",
+    "PARAMS_NO_NORM",
+    "bias_adds",
+    "conv_macs",
+    "count",
+    "count_macs",
+    "count_params",
+    "counted_cost",
+    "linear_macs",
+    "weight_bytes",
+    "weights",
+    "weights_and_biases",
+]
+
+# --- formulas ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """What a formula needs to know of one call of a layer, for one sample.
-
-    ``positions``: at how many positions the layer is applied: output height * width of a convolution, input
-    height * width of a transposed one, the product of all dimensions but the last of a Linear, the product of those
-    after the channels of other layers. Where the network folds something into the batch (the windows of an image,
-    the steps of a sequence), these are positions too.
-    """
-
-    in_channels: int
-    out_channels: int
-    kernel: tuple[int, ...] = ()
-    groups: int = 1
-    positions: int = 1
-
-
-def conv_macs(spec: LayerSpec) -> float:
+def conv_macs(layer: LayerSpec) -> Any:
     """positions * out_channels * (in_channels / groups) * prod(kernel); the bias is not a MAC.
 
-    >>> conv_macs(LayerSpec(in_channels=3, out_channels=8, kernel=(3, 3), positions=16 * 16))  # 8*256*27
+    The positions of a transposed convolution are those of its input: each of them is spread over the kernel.
+
+    >>> conv_macs(LayerSpec(in_channels=3, out_channels=8, kernel=(3, 3), positions=16 * 16))  # 256 * 8 * 27
     55296
     """
-    return spec.positions * spec.out_channels * spec.in_channels * math.prod(spec.kernel) // spec.groups
+    return (layer.in_positions if layer.transposed else layer.positions) * layer.products
 
 
-def linear_macs(spec: LayerSpec) -> float:
+def linear_macs(layer: LayerSpec) -> Any:
     """positions * in_features * out_features.
 
     >>> linear_macs(LayerSpec(in_channels=10, out_channels=4, positions=5))
     200
     """
-    return spec.positions * spec.in_channels * spec.out_channels
+    return layer.positions * layer.in_channels * layer.out_channels
 
 
-def no_macs(spec: LayerSpec) -> float:
-    """A normalisation or an activation: its multiplications are elementwise, by convention not counted."""
+def bias_adds(layer: LayerSpec) -> Any:
+    """positions * out_channels if there is a bias, else 0.
+
+    >>> bias_adds(LayerSpec(in_channels=10, out_channels=4, positions=5, has_bias=True))
+    20
+    """
+    return layer.positions * layer.out_channels if layer.has_bias else 0
+
+
+def weights(layer: LayerSpec) -> Any:
+    """out_channels * (in_channels / groups) * prod(kernel): the weights of a layer without its bias.
+
+    >>> weights(LayerSpec(in_channels=3, out_channels=8, kernel=(3, 3), has_bias=True))
+    216
+    """
+    return layer.products if layer.weighted else 0
+
+
+def weights_and_biases(layer: LayerSpec) -> Any:
+    """The weights of a layer, and out_channels if it has a bias.
+
+    >>> weights_and_biases(LayerSpec(in_channels=3, out_channels=8, kernel=(3, 3), has_bias=True))
+    224
+    """
+    return weights(layer) + (layer.out_channels if layer.has_bias else 0)
+
+
+def _nothing(layer: LayerSpec) -> Any:
     return 0
 
 
-MacRule = Callable[[LayerSpec], float]
+def _macs_and_bias_adds(layer: LayerSpec) -> Any:
+    return conv_macs(layer) + bias_adds(layer)
 
-# Layer type -> formula; the most specific type of a layer's class decides.
-MAC_RULES: Mapping[type[nn.Module], MacRule] = MappingProxyType(
-    {
-        _ConvNd: conv_macs,
-        nn.Linear: linear_macs,
-        _NormBase: no_macs,
-        nn.LayerNorm: no_macs,
-        nn.GroupNorm: no_macs,
-        nn.PReLU: no_macs,
-    }
-)
+
+def _of_parts(formula: Formula) -> Formula:
+    def of_parts(layer: LayerSpec) -> Any:
+        return sum(formula(part) for part in layer.parts or (layer,))
+
+    return of_parts
+
+
+def _table(formula: Formula, embedding: Formula) -> tuple[Rule, ...]:
+    """The rules of a formula that treats all products of a network alike; elementwise layers are 0 on purpose."""
+    plain = (_ConvNd, nn.Linear)
+    in_parts = (nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+    elementwise = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+    return (
+        *(Rule(layer_type, formula) for layer_type in plain),
+        *(Rule(layer_type, _of_parts(formula)) for layer_type in in_parts),
+        *(Rule(layer_type, embedding) for layer_type in (nn.Embedding, nn.EmbeddingBag)),
+        *(Rule(layer_type, _nothing) for layer_type in elementwise),
+    )
+
+
+MACS = CostSpec("macs", "MAC", _table(conv_macs, _nothing), functional=_of_parts(conv_macs))
+"""Multiply-accumulates of convolutions, matrix products, attention and recurrence. Normalisation, activation, pooling,
+interpolation and look-ups in embeddings are elementwise: 0."""
+
+OPS = CostSpec("ops", "op", _table(_macs_and_bias_adds, _nothing), functional=_of_parts(_macs_and_bias_adds))
+"""MACS, and one more for each number to which a bias is added: what PLiNIO calls ops."""
+
+_PLAIN = _table(weights_and_biases, weights_and_biases)
+PARAMS_NO_NORM = CostSpec("params_no_norm", "parameters", _PLAIN, per_call=False)
+"""Weights and biases without those of normalisations and PReLUs: what PLiNIO calls params."""
+
+PARAMS_NO_BIAS = CostSpec("params_no_bias", "parameters", _table(weights, weights), per_call=False)
+"""PARAMS_NO_NORM without the biases."""
+
+# --- public counts ----------------------------------------------------------------------------------------------
+
+Scope = Literal["all", "searchable"]
+Ignored = Sequence[type[nn.Module] | str]
 
 
 def count_params(model: nn.Module) -> CostModel:
-    """Parameters (elements) of the fixed model of each architecture; a shared module counts once."""
-    terms = [
-        term
-        for parameter, conditions in parameter_conditions(model)
-        for term in terms_of_any(float(parameter.numel()), conditions)
-    ]
-    return CostModel("params", "parameters", terms, model)
+    """Parameters (elements) of the fixed model of each architecture; a shared module counts once.
+
+    >>> count_params(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).of({})  # 8 * 27 + 8, 2 * 8
+    240.0
+    """
+    return CostModel("params", "parameters", _parameter_terms(model, Tensor.numel), model)
+
+
+def weight_bytes(model: nn.Module, bits: float = 8, vector_bits: float = 32) -> CostModel:
+    """Bytes of the parameters of each architecture: numel * bits / 8; a shared module counts once.
+
+    ``bits``: of a parameter of two or more dimensions (the kernels and matrices). ``vector_bits``: of the others
+    (biases, and the scales of normalisations, which quantised networks keep in more bits). ConfigurationError for a
+    width that is not above 0.
+
+    >>> weight_bytes(nn.Linear(100, 10)).of({})  # 1000 of 8 bits, 10 of 32 bits
+    1040.0
+    """
+    if not (bits > 0 and vector_bits > 0):
+        raise ConfigurationError(f"weight_bytes(bits={bits}, vector_bits={vector_bits}): widths above 0 are needed")
+
+    def size(parameter: Tensor) -> float:
+        return parameter.numel() * (bits if parameter.dim() > 1 else vector_bits) / 8
+
+    return CostModel("weight_bytes", "bytes", _parameter_terms(model, size), model)
 
 
 def count_macs(
-    model: nn.Module, args: Sequence[Any], *, rules: Mapping[type[nn.Module], MacRule] = MAC_RULES
+    model: nn.Module,
+    args: Sequence[Any],
+    *,
+    spec: CostSpec = MACS,
+    scope: Scope = "all",
+    ignore: Ignored = (),
+    batch_dim: int | None = 0,
 ) -> CostModel:
-    """MACs of one sample for each architecture, on an example input; a shared module counts at every call.
+    """MACs of one sample for each architecture, on an example input: ``count`` with the spec ``MACS``.
 
-    A layer with parameters of its own that no rule covers is an UnknownCostError.
+    >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (torch.rand(1, 3, 16, 16),)).of({})
+    55296.0
     """
+    return count(model, args, spec, scope, ignore=ignore, batch_dim=batch_dim)
 
-    def is_unit(module: nn.Module) -> bool:
-        return _rule(module, rules) is not None or _has_own_parameters(module)
 
-    batch = _batch_size(args)
-    terms = []
-    for call in trace_calls(model, args, is_unit):
-        rule = _rule(call.module, rules)
-        name = f"macs: {call.path or 'the network'} is a {type(call.module).__name__}"
-        if rule is None:
+def count(
+    model: nn.Module,
+    args: Sequence[Any],
+    spec: CostSpec,
+    scope: Scope = "all",
+    *,
+    ignore: Ignored = (),
+    batch_dim: int | None = 0,
+) -> CostModel:
+    """What ``spec`` counts for one sample in each architecture, on an example input ``model(*args)``.
+
+    A shared layer is due at every call, or once if not ``spec.per_call``; then also if it is never called. What runs
+    outside of the layers that ``spec`` covers (``x @ w``, ``F.linear``) is charged per call by ``spec.functional``.
+    ``scope``: "all", or "searchable" for what depends on a decision only, without the part that all architectures
+    have. ``batch_dim``: the dimension of ``args`` in which samples lie, of which only the first one runs; None if there
+    is none, and ``args`` are one sample.
+
+    ``ignore``: layer types, patterns of paths such as "head.*" and names of operators such as "aten::_fft_c2c". An
+    ignored layer costs nothing where a rule covers it; where none does, its own parameters are no error any more,
+    and what is called inside is counted as ever (a network with a class token, say).
+
+    UnknownCostError for a layer with parameters of its own, or an operator, that no rule covers. ConfigurationError
+    for a wrong scope or tied rules. UnsupportedModelError for a model that does not run, and for several samples in
+    the first dimension where attention or recurrent layers are not ``batch_first``: these might be steps.
+    """
+    if scope not in ("all", "searchable"):
+        raise ConfigurationError(f"count(scope={scope!r}): 'all' or 'searchable'")
+    counter = _Counter(model, spec, ignore)
+    with _plain_operators():
+        calls, operations = trace_operations(
+            model, _one_sample(model, args, batch_dim), counter.is_unit, counter.is_wanted
+        )
+    if spec.per_call:
+        terms = [term for call in calls for term in counter.of_call(call)]
+        terms += [counter.of_operation(operation) for operation in operations]
+    else:
+        terms = counter.once(calls)
+    return CostModel(spec.name, spec.unit, [term for term in terms if scope == "all" or term.when], model)
+
+
+COUNTED = {
+    "params": "parameters",
+    "macs": "MAC",
+    "ops": "op",
+    "params_no_norm": "parameters",
+    "params_no_bias": "parameters",
+    "weight_bytes": "bytes",
+}
+"""The names of the counted costs, with their units."""
+
+
+def counted_cost(name: str, model: nn.Module, args: Sequence[Any]) -> CostModel:
+    """The cost of that name: 'macs', 'ops', 'params', 'params_no_bias', 'params_no_norm', 'weight_bytes' (8 bits).
+
+    ConfigurationError for another name.
+
+    >>> counted_cost("ops", nn.Linear(10, 4), (torch.rand(1, 10),)).of({})  # 40 MACs, 4 additions
+    44.0
+    """
+    if name == "params":
+        return count_params(model)
+    if name == "weight_bytes":
+        return weight_bytes(model)
+    specs = {spec.name: spec for spec in (MACS, OPS, PARAMS_NO_BIAS, PARAMS_NO_NORM)}
+    if name not in specs:
+        raise ConfigurationError(f"cost {name!r}: allowed are {sorted(COUNTED)}")
+    return count(model, args, specs[name])
+
+
+def _parameter_terms(model: nn.Module, size: Callable[[Tensor], float]) -> list[Term]:
+    owners = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
+    return [
+        term
+        for parameter, conditions in parameter_conditions(model)
+        for term in terms_of_any(float(size(parameter)), conditions, owners[id(parameter)])
+    ]
+
+
+# --- how a spec is applied --------------------------------------------------------------------------------------
+
+# What multiplies two tensors and is not in OPERATORS; all other operators of torch are elementwise or move data.
+_UNCOUNTED = re.compile(
+    r"aten::(.*mm(_.*)?|_trilinear|_[cp]dist_forward|triangular_solve|ormqr|cholesky.*|_fft_.*|_?linalg_.*"
+    r"|.*(rnn|lstm|convolution|conv\dd|depthwise|conv_tbc|attention|mkldnn_linear|transformer_encoder).*)"
+)
+_ELEMENTWISE = ("aten::linalg_vector_norm", "aten::linalg_cross", "aten::_linalg_check_errors")
+_OF_TORCH = ("aten::", "prim::", "prims::")
+
+
+class _Counter:
+    """A spec on a model: which modules are counted as a whole, and the terms of what was seen."""
+
+    def __init__(self, model: nn.Module, spec: CostSpec, ignore: Ignored) -> None:
+        self.model, self.spec = model, spec
+        self.types = tuple(entry for entry in ignore if isinstance(entry, type))
+        self.patterns = tuple(entry for entry in ignore if isinstance(entry, str))
+        self.ignored = {
+            id(module)
+            for path, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, self.types) or self._named(path)
+        }
+
+    def _named(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def is_unit(self, module: nn.Module) -> bool:
+        """Whether calls of a module are counted as a whole, and not by what they call."""
+        return self.spec.covers(type(module)) or (_has_own_parameters(module) and id(module) not in self.ignored)
+
+    def is_wanted(self, operator: str) -> bool:
+        """Whether an operator multiplies, or is not one of torch, so that nobody knows whether it does."""
+        multiplies = operator.rstrip("_") in OPERATORS or (
+            _UNCOUNTED.fullmatch(operator) is not None and operator not in _ELEMENTWISE
+        )
+        return (multiplies or not operator.startswith(_OF_TORCH)) and not self._named(operator)
+
+    def of_call(self, call: Call) -> list[Term]:
+        if id(call.module) in self.ignored:
+            return []
+        return [Term(self._value(call.path, call.module, call), call.when, call.path)]
+
+    def of_operation(self, operation: Operation) -> Term:
+        layer = operator_spec(operation)
+        if self.spec.functional is None:
             raise UnknownCostError(
-                f"{name} with parameters of its own, "
-                f"and no rule covers it; the rules cover {sorted(t.__name__ for t in rules)}. "
-                "Pass count_macs(..., rules={**MAC_RULES, YourLayer: formula})"
+                f"{self.spec.name}: {operation.name}, run in {operation.path or 'the network'} outside of all layers, "
+                "and the spec has no formula for it: CostSpec(..., functional=formula)"
             )
-        inner = undecided_inside(call.module)
+        return Term(float(self.spec.functional(layer)), operation.when, operation.path)
+
+    def once(self, calls: Sequence[Call]) -> list[Term]:
+        """Each layer of the fixed model once, called or not."""
+        of_parameter = {id(parameter): conditions for parameter, conditions in parameter_conditions(self.model)}
+        of_module: dict[int, list[Call]] = {}
+        for call in calls:
+            of_module.setdefault(id(call.module), []).append(call)
+        owners: dict[int, str] = {}
+        terms = []
+        for path, module in self._units():
+            own = of_module.get(id(module), [])
+            first = next(module.parameters(), None)
+            conditions = [call.when for call in own] if first is None else of_parameter.get(id(first), [])
+            if id(module) in self.ignored or not conditions:
+                continue
+            self._claim(owners, path, module)
+            values = {self._value(path, module, call) for call in own} or {self._value(path, module, None)}
+            if len(values) > 1:
+                raise UnsupportedModelError(
+                    f"{self.spec.name}: {path} is due once, and its calls would cost {sorted(values)} "
+                    f"{self.spec.unit}. A cost that depends on the input is due per call: CostSpec(..., per_call=True)"
+                )
+            terms += terms_of_any(values.pop(), conditions, path)
+        return terms
+
+    def _units(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that are counted as a whole, each once, without those inside of others."""
+        seen: set[int] = set()
+
+        def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+            if id(module) in seen:
+                return
+            seen.add(id(module))
+            if self.is_unit(module):
+                yield path, module
+                return
+            for name, child in module.named_children():
+                yield from visit(f"{path}.{name}" if path else name, child)
+
+        return visit("", self.model)
+
+    def _claim(self, owners: dict[int, str], path: str, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters(prefix=path):
+            if owners.setdefault(id(parameter), name) != name:
+                raise UnsupportedModelError(
+                    f"{self.spec.name}: {owners[id(parameter)]} and {name} are one parameter, which a formula per "
+                    "layer would count twice. count_params and weight_bytes count it once"
+                )
+
+    def _value(self, path: str, module: nn.Module, call: Call | None) -> float:
+        name = f"{self.spec.name}: {path or 'the network'} is a {type(module).__name__}"
+        covered = self.spec.covers(type(module))
+        layer = read_layer(module, call) if covered else None
+        formula = None if layer is None else self.spec.formula_for(type(module), layer)
+        if layer is None or formula is None:
+            reason = "for which no condition holds" if covered else "with parameters of its own"
+            raise UnknownCostError(
+                f"{name} {reason}, and no rule covers it; the rules cover "
+                f"{sorted({rule.layer_type.__name__ for rule in self.spec.rules})}. "
+                f"Give it one, spec.with_rule({type(module).__name__}, formula), or "
+                "say that it costs nothing, ignore=(...)"
+            )
+        inner = undecided_inside(module)
         if inner is not None:
             raise UnknownCostError(
                 f"{name}, which a rule counts as a whole, and holds {inner}, whose candidates it cannot tell apart. "
                 "Move the choice out of it, or leave its type out of the rules"
             )
-        terms.append(Term(float(rule(_layer_spec(call, batch))), call.when))
-    return CostModel("macs", "MAC", terms, model)
-
-
-def _rule(module: nn.Module, rules: Mapping[type[nn.Module], MacRule]) -> MacRule | None:
-    return next((rules[cls] for cls in type(module).__mro__ if cls in rules), None)
+        return float(formula(layer))
 
 
 def _has_own_parameters(module: nn.Module) -> bool:
     # A ParameterList is never called: what it holds is used by the module around it.
+    if isinstance(module, Mutable | nn.ParameterList | nn.ParameterDict):
+        return False
     lists = [child for child in module.children() if isinstance(child, nn.ParameterList | nn.ParameterDict)]
-    holders = [] if isinstance(module, Mutable) else [module, *lists]
-    return any(p is not None for holder in holders for p in holder._parameters.values())
+    return any(p is not None for holder in [module, *lists] for p in holder._parameters.values())
 
 
-def _layer_spec(call: Call, batch: int) -> LayerSpec:
-    module, inputs, output = call.module, call.input_shape, call.output_shape
-    if isinstance(module, _ConvNd):
-        shape, d = inputs if isinstance(module, _ConvTransposeNd) else output, len(module.kernel_size)
-        return LayerSpec(
-            in_channels=module.in_channels,
-            out_channels=module.out_channels,
-            kernel=tuple(module.kernel_size),
-            groups=module.groups,
-            positions=_per_sample(math.prod(shape[: -d - 1]) * math.prod(shape[-d:]), batch),
+def _one_sample(model: nn.Module, args: Sequence[Any], dim: int | None) -> list[Any]:
+    """The first sample of a batch. What depends on the batch, and what does not, is then due as for one sample."""
+    tensors = [leaf for leaf in pytree.tree_leaves(list(args)) if isinstance(leaf, Tensor)]
+    if dim is None or not tensors or tensors[0].dim() <= dim or tensors[0].shape[dim] <= 1:
+        return list(args)
+    size = tensors[0].shape[dim]
+    steps_first = next((m for m in model.modules() if getattr(m, "batch_first", True) is False), None)
+    if dim == 0 and steps_first is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is given an input of {size} along its first dimension, and holds a "
+            f"{type(steps_first).__name__} with batch_first=False: these may be samples or steps. Hand over one sample "
+            "of a batch, or say where the samples are: batch_dim=1, or None for an input without a batch"
         )
-    if isinstance(module, nn.Linear):
-        positions = _per_sample(math.prod(output[:-1]), batch)
-        return LayerSpec(module.in_features, module.out_features, positions=positions)
-    channels_in, channels_out = (shape[1] if len(shape) > 1 else 1 for shape in (inputs, output))
-    positions = _per_sample(math.prod(output[:1] + output[2:]), batch)
-    return LayerSpec(channels_in, channels_out, positions=positions)
+
+    def first(tensor: Tensor) -> Tensor:
+        fits = tensor.dim() > dim and tensor.shape[dim] == size
+        return tensor.narrow(dim, 0, 1).contiguous() if fits else tensor
+
+    cut: list[Any] = pytree.tree_map_only(Tensor, first, list(args))
+    return cut
 
 
-def _batch_size(args: Sequence[Any]) -> int:
-    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
-    return max(1, tensors[0].shape[0]) if tensors and tensors[0].dim() else 1
+@contextmanager
+def _plain_operators() -> Iterator[None]:
+    """Attention as the products it consists of: fused kernels hide them, or pad them differently on each device."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _FusedBias():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _per_sample(positions: int, batch: int) -> int:
-    # What does not grow with the batch (a table of positions, say) is due in full for one sample.
-    return positions // batch if positions % batch == 0 else positions
+class _FusedBias(TorchFunctionMode):
+    """Makes ``F.linear`` add its bias where the product is: in one operator, and not in one that only adds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and args:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from numbers import Real
 from typing import final
 
@@ -19,12 +20,15 @@ from scipy.sparse import coo_array
 
 from ..errors import ConfigurationError, InfeasibleTargetError, UnsupportedModelError
 from ..mutables.samplers import first_argmax
+from .memory import Cost, PeakMemory
 from .model import CostModel
 
 __all__ = ["best_under_budget", "cost_range"]
 
 _SOLVED, _NOTHING_FITS = 0, 2  # status of scipy's milp
 _MOST_CUTS = 200
+_MOST_ROUNDS = 2000  # of cuts, for a cost that is known by its cuts alone
+_MOST_ENUMERATED = 4096
 _LEAST_LOG = -1e5  # below the best option of its decision: as good as impossible
 _SCORE_SCALE = 1e3  # the solver stops within 1e-6 of the optimum, here 1e-9 of a log probability
 _LARGEST = 1e4  # coefficient of a cost; the solver's tolerance is 1e-6
@@ -34,7 +38,7 @@ _SLACK = 1e-2  # given to a budget: what lies on it must not fall to a rounding 
 
 def best_under_budget(
     log_probabilities: Mapping[str, Sequence[float]],
-    costs: Mapping[str, CostModel],
+    costs: Mapping[str, Cost],
     budget: Mapping[str, float],
 ) -> dict[str, int]:
     """The most probable choices whose costs are at most their budgets, as label -> option.
@@ -56,11 +60,12 @@ def best_under_budget(
     # Only differences within a decision count, and they leave the solver small numbers.
     score = {k: [-max(value - max(row), _LEAST_LOG) for value in row] for k, row in log_probabilities.items()}
     program = _Program({label: len(row) for label, row in log_probabilities.items()})
-    for name, limit in budget.items():
-        program.at_most(costs[name], limit)
+    additive = {name: cost for name in budget if isinstance(cost := costs[name], CostModel)}
+    for name, cost in additive.items():
+        program.at_most(cost, budget[name])
     # The solver accepts what is above a budget by its tolerance. The budget is a promise: such choices are cut off,
     # with all that cost as much. None is the proof that nothing fits: a tolerance lets in, it never keeps out.
-    for _ in range(_MOST_CUTS):
+    for _ in range(_MOST_CUTS if len(additive) == len(budget) else _MOST_ROUNDS):
         choices = program.minimum(score)
         if choices is None:
             break
@@ -71,19 +76,50 @@ def best_under_budget(
     return _drawn_in(score, costs, budget)
 
 
-def cost_range(cost: CostModel) -> tuple[float, float]:
+def cost_range(cost: Cost) -> tuple[float, float]:
     """The smallest and largest cost any architecture reaches.
+
+    The largest peak memory is the largest one found by improving one decision after the other, if there are more
+    than 4,096 architectures; all others are exact.
 
     >>> from torch import nn
     >>> from oneshot import LayerChoice, count_params
     >>> cost_range(count_params(nn.Sequential(LayerChoice([nn.Linear(2, 2), nn.Identity()]), nn.Linear(2, 1))))
     (3.0, 9.0)
     """
+    if isinstance(cost, PeakMemory):
+        return _smallest_peak(cost), _largest_peak(cost)
     return cost.of(_extreme(cost, 1.0)), cost.of(_extreme(cost, -1.0))
 
 
+def _smallest_peak(cost: PeakMemory) -> float:
+    program = _Program(cost.sizes)
+    best, choices = math.inf, program.solve({})
+    for _ in range(_MOST_ROUNDS):
+        if choices is None:
+            return best
+        best = min(best, cost.of(choices))
+        program.cut_off(cost, math.nextafter(best, -math.inf), choices)
+        choices = program.solve({})
+    raise UnsupportedModelError(
+        f"{cost.name}: its smallest value was not found in {_MOST_ROUNDS} rounds, the best so far is {best} {cost.unit}"
+    )
+
+
+def _largest_peak(cost: PeakMemory) -> float:
+    if math.prod(cost.sizes.values()) <= _MOST_ENUMERATED:
+        every = product(*(range(n) for n in cost.sizes.values()))
+        return max(cost.of(dict(zip(cost.sizes, options, strict=True))) for options in every)
+    choices, best = dict.fromkeys(cost.sizes, 0), -math.inf
+    while cost.of(choices) > best:
+        best = cost.of(choices)
+        for label, n in cost.sizes.items():
+            choices[label] = first_argmax([cost.of({**choices, label: option}) for option in range(n)])
+    return best
+
+
 def _check(
-    log_probabilities: Mapping[str, Sequence[float]], costs: Mapping[str, CostModel], budget: Mapping[str, float]
+    log_probabilities: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], budget: Mapping[str, float]
 ) -> None:
     sizes = {label: len(row) for label, row in log_probabilities.items()}
     for label, row in log_probabilities.items():
@@ -113,20 +149,21 @@ def _extreme(cost: CostModel, sign: float) -> dict[str, int]:
 
 
 def _drawn_in(
-    score: Mapping[str, Sequence[float]], costs: Mapping[str, CostModel], budget: Mapping[str, float]
+    score: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], budget: Mapping[str, float]
 ) -> dict[str, int]:
     """For crowds within the tolerance: the best by a slightly smaller budget, or the cheapest by one of the costs."""
     program = _Program({label: len(row) for label, row in score.items()})
-    for name, limit in budget.items():
-        program.at_most(costs[name], limit, margin=1e-5)
-    cheapest = (dict.fromkeys(score, 0) | _extreme(costs[name], 1.0) for name in budget)
+    additive = {name: cost for name in budget if isinstance(cost := costs[name], CostModel)}
+    for name, cost in additive.items():
+        program.at_most(cost, budget[name], margin=1e-5)
+    cheapest = (dict.fromkeys(score, 0) | _extreme(cost, 1.0) for cost in additive.values())
     for choices in (program.minimum(score), *cheapest):
         if choices is not None and all(costs[name].of(choices) <= limit for name, limit in budget.items()):
             return choices
     raise InfeasibleTargetError(_infeasible(costs, budget))
 
 
-def _infeasible(costs: Mapping[str, CostModel], budget: Mapping[str, float]) -> str:
+def _infeasible(costs: Mapping[str, Cost], budget: Mapping[str, float]) -> str:
     lines = [f"no architecture meets {dict(budget)}:"]
     for name, limit in budget.items():
         low, high = cost_range(costs[name])
@@ -200,11 +237,12 @@ class _Program:
         largest = max(map(abs, linear.coefficients.values()), default=1.0)
         self.rows.append((linear.coefficients, -np.inf, room - margin * max(largest, abs(room))))
 
-    def cut_off(self, cost: CostModel, limit: float, choices: Mapping[str, int]) -> None:
+    def cut_off(self, cost: Cost, limit: float, choices: Mapping[str, int]) -> None:
         """Forbid choices that are above a limit, and all that cost at least as much for the same reason."""
-        cover = _cover(cost, limit, choices)
-        row = {self.first[label] + o: 1.0 for label, options in cover.items() for o in options}
-        self.rows.append((row, -np.inf, len(cover) - 1.0))
+        covers = [_cover(cost, limit, choices)] if isinstance(cost, CostModel) else cost.covers(limit, choices)
+        for cover in covers:
+            row = {self.first[label] + o: 1.0 for label, options in cover.items() for o in options}
+            self.rows.append((row, -np.inf, len(cover) - 1.0))
 
     def minimum(self, score: Mapping[str, Sequence[float]]) -> dict[str, int] | None:
         return self.solve(

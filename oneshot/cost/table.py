@@ -4,19 +4,29 @@ Three forms are read, from a mapping or from a YAML or JSON file:
 
 * candidates: ``{"conv3": 0.8, "conv5": 1.4}``, for every choice alike, and more specific rows
   ``{"block1": {"conv3": 0.5, "conv5": 1.1}}`` by label or path of a choice. ``fixed``: everything outside choices;
-* operators: the published tables of ProxylessNAS, ``key -> {"mean": ms, ...}`` (or ``key -> ms``), where the key
-  is what a module's own ``latency_key(input_shape, output_shape)`` returns;
-* measured: what ``measure_latency`` wrote, ``{"format": "oneshot-latency", ...}``.
+* operators: the published tables of ProxylessNAS and of Once-for-All, ``key -> {"mean": ms, ...}`` (or
+  ``key -> ms``), where the key is what a module's own ``latency_key(input_shape, output_shape)`` returns; whatever
+  else a row holds ("count", "var", "std") is not used;
+* measured: what ``measure_table`` wrote, with a place (path of a choice) and the name of a candidate per row:
+
+      {"format": "oneshot-latency", "version": 2, "unit": "ms",
+       "runtime": {"runtime": "torch 2.13.0", "machine": "x86_64", "processor": "...", "threads": "1"},
+       "fixed": 0.21,
+       "places": {"blocks.1": {"k3e3": {"median": 0.093, "iqr": 0.002, "n": 180}, "skip": {"median": 0.0, ...}}}}
+
+  ``runtime`` is free text by name; ``fixed`` may be null. A row may also be a number, its median; so are all rows
+  of version 1, which is read as well.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -32,7 +42,8 @@ from .model import CostModel, Term
 __all__ = ["LatencyTable", "price"]
 
 _FORMAT = "oneshot-latency"
-_VERSION = 1
+_VERSION = 2
+_VERSIONS = (1, 2)
 
 
 @final
@@ -41,7 +52,8 @@ class LatencyTable:
     """Milliseconds per row. ``by_key``: rows are operators; else candidates, by choice in ``by_place``.
 
     ``fixed``: milliseconds of everything outside the choices, None if the table does not say.
-    ``runtime``: where the numbers come from, free text by name.
+    ``runtime``: where the numbers come from, free text by name. ``spread``: of rows that were measured, by place and
+    candidate, ``{"iqr": interquartile range in ms, "n": number of repetitions}``; ``by_place`` has their medians.
 
     >>> LatencyTable.read({"a": 1.0, "block": {"a": 2.0}, "fixed": 0.5}).row("block", "block", "a")
     2.0
@@ -53,6 +65,7 @@ class LatencyTable:
     by_key: bool = False
     runtime: Mapping[str, str] = field(default_factory=dict)
     source: str = "a mapping"
+    spread: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, source: Mapping[str, Any] | str | Path) -> LatencyTable:
@@ -80,16 +93,25 @@ class LatencyTable:
     @classmethod
     def _measured(cls, data: Mapping[str, Any], source: str) -> LatencyTable:
         version, unit = data.get("version"), data.get("unit")
-        if isinstance(version, bool) or version != _VERSION or unit != "ms":
+        if isinstance(version, bool) or version not in _VERSIONS or unit != "ms":
             raise ConfigurationError(
-                f"{source}: version {_shown(version)} in unit {_shown(unit)}; this library reads version {_VERSION} "
+                f"{source}: version {_shown(version)} in unit {_shown(unit)}; this library reads versions 1 and 2 "
                 "in unit 'ms'"
             )
         places = _named(data.get("places"), f"{source}, 'places'")
-        by_place = {place: _candidate_rows(rows, place, source) for place, rows in places.items()}
+        by_place: dict[str, dict[str, float]] = {}
+        spread: dict[str, dict[str, dict[str, float]]] = {}
+        for place, rows in places.items():
+            named = _named(rows, f"{source}, {place!r}")
+            measured = {name: row for name, row in named.items() if version == 2 and isinstance(row, Mapping)}
+            medians = {name: row.get("median") for name, row in measured.items()}
+            by_place[place] = _candidate_rows({**named, **medians}, place, source)
+            if measured:
+                spread[place] = {name: _spread(row, f"{place}/{name}", source) for name, row in measured.items()}
         runtime = _named(data.get("runtime") or {}, f"{source}, 'runtime'")
         texts = {name: value if isinstance(value, str) else _shown(value) for name, value in runtime.items()}
-        return cls({}, by_place, _fixed(data.get("fixed"), source), runtime=texts, source=source)
+        fixed = _fixed(data.get("fixed"), source)
+        return cls({}, by_place, fixed, runtime=texts, source=source, spread=spread)
 
     def row(self, path: str, label: str, option: str) -> float:
         """Milliseconds of a candidate: the row of its choice by path, by label, else the row for any choice."""
@@ -124,8 +146,43 @@ class LatencyTable:
             "unit": "ms",
             "runtime": dict(self.runtime),
             "fixed": self.fixed,
-            "places": {place: dict(rows) for place, rows in self.by_place.items()},
+            "places": {
+                place: {name: self._written(place, name) for name in rows} for place, rows in self.by_place.items()
+            },
         }
+
+    def _written(self, place: str, name: str) -> float | dict[str, float]:
+        median, spread = self.by_place[place][name], self.spread.get(place, {}).get(name)
+        return median if spread is None else {"median": median, **spread}
+
+    def calibrated(self, scale: float, offset: float) -> LatencyTable:
+        """The table for which every network takes ``scale`` * (what it took by this one) + ``offset`` ms.
+
+        Rows and their spread are multiplied, the offset is added to ``fixed``. ConfigurationError for a scale that is
+        not above 0, or an offset that would bring ``fixed`` below 0.
+
+        >>> LatencyTable(by_place={"block": {"a": 2.0}}, fixed=1.0).calibrated(1.5, -0.5).as_dict()["fixed"]
+        1.0
+        """
+        before = scale * (self.fixed or 0.0)
+        fixed = before + offset
+        if abs(fixed) <= 1e-12 * abs(before):  # 0, but for rounding
+            fixed = 0.0
+        if not (0 < scale < math.inf and 0 <= fixed < math.inf):
+            raise ConfigurationError(
+                f"calibrated(scale={scale!r}, offset={offset!r}) of a table with fixed={self.fixed}: fixed would be "
+                f"{fixed:.6g} ms; a scale above 0 and a fixed >= 0 are needed"
+            )
+        return replace(
+            self,
+            anywhere={name: scale * ms for name, ms in self.anywhere.items()},
+            by_place={place: {name: scale * ms for name, ms in rows.items()} for place, rows in self.by_place.items()},
+            fixed=fixed,
+            spread={
+                place: {name: {**row, "iqr": scale * row["iqr"]} for name, row in rows.items()}
+                for place, rows in self.spread.items()
+            },
+        )
 
     def write(self, path: str | Path) -> None:
         """Write the measured form, as JSON or YAML by the file's ending, atomically."""
@@ -168,7 +225,7 @@ def _by_operator(model: nn.Module, args: Sequence[Any], table: LatencyTable) -> 
                 "Give the candidates a latency_key method, and not the module around them"
             )
         key = call.module.latency_key(call.input_shape, call.output_shape)  # type: ignore[operator]
-        terms.append(Term(table.operator(key, call.path), call.when))
+        terms.append(Term(table.operator(key, call.path), call.when, call.path))
     return terms
 
 
@@ -180,7 +237,7 @@ def _by_candidate(model: nn.Module, args: Sequence[Any], table: LatencyTable) ->
         for k, option in enumerate(call.module.options):  # type: ignore[arg-type]
             when = intersect(call.when, {label: frozenset({k})})
             if when is not None:
-                terms.append(Term(table.row(call.path, label, option_name(option)), when))
+                terms.append(Term(table.row(call.path, label, option_name(option)), when, call.path))
     return terms
 
 
@@ -254,6 +311,13 @@ def _named(data: Any, source: str) -> dict[str, Any]:
 def _candidate_rows(value: Any, place: str, source: str) -> dict[str, float]:
     rows = _named(value, f"{source}, {place!r}")
     return {name: _milliseconds(ms, f"{place}/{name}", source) for name, ms in rows.items()}
+
+
+def _spread(row: Mapping[Any, Any], key: str, source: str) -> dict[str, float]:
+    n = row.get("n")
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 < n < 10**15:
+        raise ConfigurationError(f"{source}: row '{key}/n' is {_shown(n)}; a number of repetitions >= 1 is needed")
+    return {"iqr": _milliseconds(row.get("iqr"), f"{key}/iqr", source), "n": n}
 
 
 def _operator_row(value: Any, key: str, source: str) -> float:

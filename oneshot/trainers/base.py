@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from ..cost import CostModel, LatencyTable, best_under_budget, count_macs, count_params
+from ..cost import Cost, LatencyTable, best_under_budget, measure_table, time_module
 from ..data import BatchStream, Split, mix_seed, stratified_split, targets_of
 from ..errors import (
     CheckpointError,
@@ -42,8 +42,10 @@ from ..mutables import (
 from .batches import even_batches, example_inputs
 from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
 from .checks import check_export, check_one_batch
+from .costs import CostSources
 from .meters import Meters, mean_entropy, soft_and_hard
 from .modes import batch_statistics, normalisations
+from .report import ReportRow, SearchReport
 from .rng import global_state, restore_global_state, seed_global_state, user_state_kept
 from .run_log import RunLog
 from .setup import OptimizerLike, check_counts, library_version, own_fabric, own_optimizer
@@ -90,6 +92,7 @@ class Trainer(ABC):
         checkpoint_dir: str | os.PathLike[str] | None,
         checkpoint_every: int | None,
         progress: bool | None,
+        costs: CostSources,
     ) -> None:
         check_counts(num_epochs, warmup_epochs, batch_size, workers, log_frequency, checkpoint_every)
         self.model = model
@@ -118,10 +121,10 @@ class Trainer(ABC):
         self.arch_batches = 0
         self.history: list[dict[str, Any]] = []
         self.split: Split | None = None
-        self.latency_table: LatencyTable | None = None
+        self.costs = costs
         self._meters = Meters()
         self._argmax = argmax_choices(model)
-        self._costs: dict[str, CostModel] = {}
+        self._costs: dict[str, Cost] = {}
         self._latest: dict[str, Tensor | float] = {}
         self._scheduler_state: dict[str, Any] | None = None
         self._global_state: dict[str, Any] | None = None
@@ -184,12 +187,13 @@ class Trainer(ABC):
         choices = self._decide(budget)
         verified_fixed(self.model, choices, self._examples())
         if path is not None:
-            costs = {name: self.cost_model(name).of(choices) for name in ("params", *self._cost_names())}
+            costs = {name: self.cost_model(name).of(choices) for name in ("params", *self.costs.names)}
             created_by = {
                 "library": f"oneshot-nas {library_version()}",
                 "trainer": type(self).__name__,
                 "seed": self.seed,
                 "budget": dict(budget or {}),
+                **self.costs.facts(),
             }
             write_arch(path, self.model, choices, costs=costs, created_by=created_by)
         return arch_of(self.model, choices)
@@ -197,6 +201,23 @@ class Trainer(ABC):
     def export_model(self, *, budget: Mapping[str, float] | None = None) -> nn.Module:
         """The found architecture as a plain network with the trained weights, compared with the searched one."""
         return verified_fixed(self.model, self._decide(budget), self._examples())
+
+    def report(self, *, budget: Mapping[str, float] | None = None, threads: int = 1) -> SearchReport:
+        """The found network's costs: target, prediction and, for a latency of this machine, a measurement.
+
+        ``budget`` as in ``export``; without one, targets are what the costs were compared with in the search. The
+        rebuilt network is timed on the CPU by the runtime the latency was measured on, with ``threads`` threads.
+        """
+        choices = self._decide(budget)
+        plain = verified_fixed(self.model, choices, self._examples())
+        targets = budget or self._cost_references()
+        rows = []
+        for name in dict.fromkeys(("params", *self.costs.names, *targets)):
+            cost, timing = self.cost_model(name), None
+            if name == "latency_ms" and self.costs.runtime is not None:
+                timing = time_module(plain.cpu(), (self._dummy().cpu(),), runtime=self.costs.runtime, threads=threads)
+            rows.append(ReportRow(name, cost.unit, targets.get(name), cost.of(choices), timing))
+        return SearchReport(arch_of(self.model, choices), tuple(rows), self.costs.notes())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that ``resume`` needs into one file, atomically."""
@@ -248,16 +269,24 @@ class Trainer(ABC):
         self.step, self.arch_batches = state["step"], state["arch_batches"]
         self.history, self._argmax = list(state["history"]), dict(state["argmax"])
         if state["latency_table"] is not None:
-            self.latency_table = LatencyTable(**state["latency_table"])
+            self.costs.table = LatencyTable(**state["latency_table"])
             self._costs.clear()
         self._scheduler_state, self._global_state = state["scheduler"], state["global"]
         self._log_size = state["log_size"]
 
-    def cost_model(self, name: str) -> CostModel:
-        """A cost of this search model by name: ``'params'``, ``'macs'``, or the one the trainer was given."""
+    @property
+    def latency_table(self) -> LatencyTable | None:
+        """The table behind 'latency_ms', once it has been read or measured."""
+        return self.costs.table
+
+    def cost_model(self, name: str) -> Cost:
+        """A cost of this search model by name: one that is counted, ``'peak_memory'``, or one the trainer was given."""
         if name not in self._costs:
-            self._costs[name] = self._build_cost(name)
+            self._costs[name] = self.costs.build(name, self.model, (self._dummy(),), self._measured_once)
         return self._costs[name]
+
+    def _measured_once(self, runtime: str) -> LatencyTable:
+        return self._on_first_process(lambda: measure_table(self.model, self._dummy(), runtime=runtime))
 
     # ---- what a concrete trainer says --------------------------------------------------------------------------
 
@@ -269,21 +298,9 @@ class Trainer(ABC):
     def _warmup_step(self, batch: Any) -> None:
         """One step of the warm-up."""
 
-    def _cost_names(self) -> tuple[str, ...]:
-        """The costs that this run is steered by."""
-        return ()
-
     def _cost_references(self) -> Mapping[str, float]:
         """What these costs are compared with, in their units."""
         return {}
-
-    def _build_cost(self, name: str) -> CostModel:
-        if name == "params":
-            return count_params(self.model)
-        if name == "macs":
-            return count_macs(self.model, (self._dummy(),))
-        known = sorted({"params", "macs", *self._cost_names()})
-        raise ConfigurationError(f"cost {name!r}: this run has {known}")
 
     def _check_run(self) -> None:
         """Raise for a plan that cannot work, with everything known but before the first step."""
@@ -481,7 +498,7 @@ class Trainer(ABC):
         values: dict[str, Any] = dict(self._meters.averages())
         values["entropy"] = mean_entropy(self.decisions)
         values["changed"] = sum(now[label] != self._argmax[label] for label in now)
-        for name in self._cost_names():
+        for name in self.costs.names:
             values[f"{name}_soft"], values[f"{name}_hard"] = soft_and_hard(self.cost_model(name), self.decisions)
         if self.valid_dataset is not None:
             values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
@@ -500,7 +517,7 @@ class Trainer(ABC):
         shown: dict[str, float | str] = dict(self._meters.averages())
         shown["entropy"] = mean_entropy(self.decisions)
         references = self._cost_references()
-        for name in self._cost_names():
+        for name in self.costs.names:
             soft, hard = soft_and_hard(self.cost_model(name), self.decisions)
             shown[name] = f"{soft:.4g} soft, {hard:.4g} hard, reference {references[name]:.4g}"
         return shown

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..cost import CostModel
+from ..cost import Cost
 from ..mutables import Decision
 from ..mutables.samplers import first_argmax
 
@@ -57,7 +57,7 @@ def mean_entropy(decisions: Mapping[str, Decision]) -> float:
 
 
 @torch.no_grad()
-def soft_and_hard(cost: CostModel, decisions: Mapping[str, Decision]) -> tuple[float, float]:
+def soft_and_hard(cost: Cost, decisions: Mapping[str, Decision]) -> tuple[float, float]:
     """The expected cost under softmax(alpha), and the cost of the network that would be exported now."""
-    soft = cost.expected({label: d.alpha.softmax(0) for label, d in decisions.items()})
+    soft = cost.soft({label: d.alpha.softmax(0) for label, d in decisions.items()})
     return float(soft), cost.of({label: first_argmax(d.alpha.tolist()) for label, d in decisions.items()})

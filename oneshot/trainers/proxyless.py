@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
@@ -12,19 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ..cost import CostModel, LatencyTable, measure_latency, price
+from ..cost import Cost, CostSpec
+from ..cost.hardware import RUNTIMES, Hardware
 from ..errors import ConfigurationError
-from ..losses import add_linear, mul_log
 from ..mutables import BinaryGates
 from .base import SchedulerFactory, Trainer
+from .cost_loss import DEFAULT_REFERENCE, CostLoss
+from .costs import CostSources
 from .modes import frozen_statistics, frozen_weights
 from .setup import OptimizerLike
 
 __all__ = ["ProxylessTrainer"]
-
-_REQUIRED = {"mul#log": ("alpha", "beta"), "add#linear": ("lambda",)}
-_DEFAULT_REFERENCE = 65.0  # milliseconds
-_UNITS = {"params": "parameters", "macs": "MACs", "latency_ms": "ms"}
 
 
 @final
@@ -39,6 +36,7 @@ class ProxylessTrainer(Trainer):
     * ``'add#linear'``: L = CE + lambda (E - ref) / ref, needs ``grad_reg_loss_params={'lambda': ...}``;
     * ``'mul#log'``: L = CE alpha (ln E / ln ref)^beta, needs ``'alpha'`` and ``'beta'``, and E, ref > 1.
 
+    With several costs there is such a term, or such a factor, for each; lambda and beta may be mappings by cost.
     Neither is a constraint: give ``export`` a ``budget`` to meet one exactly.
 
     Args:
@@ -54,11 +52,16 @@ class ProxylessTrainer(Trainer):
         device, devices, strategy, precision: handed to Lightning Fabric; device None takes a GPU if there is one.
         log_frequency: steps between two lines of ``log.jsonl``; epochs are always logged.
         arc_learning_rate: of Adam with betas (0, 0.999) and no weight decay for the alphas.
-        applied_hardware: None, ``'this-machine'`` (every candidate is timed on the CPU), ``'flops'`` (MACs), a
-            latency table as a mapping or ``LatencyTable``, or the path of one as YAML or JSON.
-        cost: instead of a latency: ``'params'``, ``'macs'``, or a ``CostModel``.
+        applied_hardware: what ``'latency_ms'`` is: ``'this-machine'`` or ``'this-machine-onnxruntime'`` (every
+            candidate is timed on the CPU, by PyTorch or ONNX Runtime); a latency table as a mapping or
+            ``LatencyTable``, or the path of one as YAML or JSON; predictors of nn-Meter, by name
+            (``'cortexA76cpu_tflite21'``) or folder. ``'flops'``: MACs instead.
+        missing: kernel -> ms, for what nn-Meter's predictors lack; without it such a kernel is an error.
+        cost: ``'params'``, ``'macs'``, ``'peak_memory'`` and what else ``counted_cost`` knows, a ``CostSpec``, a
+            ``CostModel``, or several: names, or name -> one of these (``'latency_ms'``: what applied_hardware takes).
         dummy_input: shape that costs are counted or timed for, with its batch dimension.
-        ref_latency: the reference ref, in ms; in MACs or parameters if that is the cost.
+        ref_latency: the reference ref, in ms, or in the unit of the cost; for several costs a mapping by name.
+            ``normalize=True``: what each costs in expectation before the search, all options being equally probable.
         arch_every, skip_first_epoch: an arch step after every so many weight steps; none in the first search epoch.
         paths: 2, or 'all'. ``rescale``: keep the probability of what was not drawn (two paths only).
         scheduler, warmup_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after every weight step.
@@ -96,11 +99,13 @@ class ProxylessTrainer(Trainer):
         log_frequency: int | None = None,
         arc_learning_rate: float = 1e-3,
         grad_reg_loss_type: Literal["mul#log", "add#linear"] | None = "add#linear",
-        grad_reg_loss_params: Mapping[str, float] | None = None,
-        applied_hardware: str | os.PathLike[str] | Mapping[str, Any] | LatencyTable | None = None,
+        grad_reg_loss_params: Mapping[str, float | Mapping[str, float]] | None = None,
+        applied_hardware: Hardware | None = None,
         dummy_input: Sequence[int] = (1, 3, 224, 224),
-        ref_latency: float = _DEFAULT_REFERENCE,
-        cost: str | CostModel | None = None,
+        ref_latency: float | Mapping[str, float] = DEFAULT_REFERENCE,
+        normalize: bool = False,
+        cost: str | Sequence[str] | Cost | CostSpec | Mapping[str, Any] | None = None,
+        missing: Mapping[str, float] | None = None,
         arch_loss: Callable[[Any, Any], Tensor] | None = None,
         arch_dataset: Dataset[Any] | None = None,
         valid_dataset: Dataset[Any] | None = None,
@@ -149,20 +154,17 @@ class ProxylessTrainer(Trainer):
             checkpoint_dir=checkpoint_dir,
             checkpoint_every=checkpoint_every,
             progress=progress,
+            costs=CostSources(cost, applied_hardware, missing),
         )
         self.arch_loss = loss if arch_loss is None else arch_loss
         self.arch_every, self.skip_first_epoch = arch_every, skip_first_epoch
         self.gates, self.rescale = BinaryGates(paths), rescale
-        self.hardware, self.ref_latency = applied_hardware, float(ref_latency)
-        self.regularization, self.regularization_params = grad_reg_loss_type, dict(grad_reg_loss_params or {})
-        self._given_cost = cost if isinstance(cost, CostModel) else None
-        self.cost_name = self._name_cost(cost)
-        if self.cost_name is not None:
-            self._check_regularization(self.cost_name)
-        if isinstance(applied_hardware, LatencyTable):
-            self.latency_table = applied_hardware
-        elif isinstance(applied_hardware, Mapping) or self._is_path():
-            self.latency_table = LatencyTable.read(applied_hardware)  # type: ignore[arg-type]
+        if normalize and ref_latency != DEFAULT_REFERENCE:
+            raise ConfigurationError(f"normalize=True and ref_latency={ref_latency}: give one of them")
+        self.normalize = normalize
+        units = {name: self.costs.unit(name) for name in self.costs.names}
+        references = None if normalize else ref_latency
+        self.cost_loss = CostLoss(grad_reg_loss_type, grad_reg_loss_params, references, units)
 
     # ---- the algorithm -----------------------------------------------------------------------------------------
 
@@ -184,101 +186,28 @@ class ProxylessTrainer(Trainer):
         self.arch_optimizer.zero_grad(set_to_none=True)
         with frozen_weights(self.weights), frozen_statistics(self.norms):
             task, _, _ = self._forward(batch, self.arch_loss)
-            expected = self._expected_cost()
-            # The loss sees the cost as a variable of its own, so that both parts of alpha's gradient are known.
-            variable = None if expected is None else expected.detach().requires_grad_()
-            total = task if variable is None else self._regularized(task, variable)
-            self._check_finite({"arch_loss": total, "task_loss": task, **_named(self.cost_name, expected)})
+            expected = self._expected_costs()
+            # The loss sees each cost as a variable of its own, so that both parts of alpha's gradient are known.
+            variables = {name: cost.detach().requires_grad_() for name, cost in expected.items()}
+            total = self.cost_loss(task, variables)
+            self._check_finite({"arch_loss": total, "task_loss": task, **_named(expected)})
             self.fabric.backward(total)
-        alphas = [d.alpha for d in self.decisions.values()]
-        share = 0.0 if variable is None or expected is None else _add_cost_gradient(alphas, expected, variable)
-        self._average_gradients(alphas)
+        share = _add_cost_gradient([d.alpha for d in self.decisions.values()], expected, variables)
+        self._average_gradients([d.alpha for d in self.decisions.values()])
         self.arch_optimizer.step()
         if self.rescale:
             self._after_arch_step()
-        self._note({"arch_loss": total, "cost_share": share, **_named(self.cost_name, expected)})
+        self._note({"arch_loss": total, "cost_share": share, **_named(expected)})
 
-    def _expected_cost(self) -> Tensor | None:
+    def _expected_costs(self) -> dict[str, Tensor]:
         """E under the distribution that this step's gates have: in two-path mode the pair's own softmax."""
-        if self.cost_name is None:
-            return None
-        return self.cost_model(self.cost_name).expected(
-            {label: decision.probabilities() for label, decision in self.decisions.items()}
-        )
-
-    def _regularized(self, task: Tensor, expected: Tensor) -> Tensor:
-        params = self.regularization_params
-        if self.regularization == "add#linear":
-            return add_linear(task, expected, self.ref_latency, weight=params["lambda"])
-        if self.regularization == "mul#log":
-            return mul_log(task, expected, self.ref_latency, alpha=params["alpha"], beta=params["beta"])
-        return task
-
-    # ---- its cost ----------------------------------------------------------------------------------------------
-
-    def _name_cost(self, cost: str | CostModel | None) -> str | None:
-        if cost is not None and self.hardware is not None:
-            raise ConfigurationError(
-                f"cost={cost!r} and applied_hardware={self.hardware!r}: a run is steered by one cost, give one"
-            )
-        if isinstance(cost, CostModel):
-            return cost.name
-        if cost is not None and cost not in ("params", "macs"):
-            raise ConfigurationError(
-                f"cost={cost!r}: allowed are 'params', 'macs' and a CostModel; a latency is applied_hardware="
-            )
-        if self.hardware is None:
-            return cost
-        if self.hardware == "flops":
-            return "macs"
-        return "latency_ms"
-
-    def _is_path(self) -> bool:
-        hardware = self.hardware
-        if isinstance(hardware, str) and hardware not in ("flops", "this-machine"):
-            if not Path(hardware).suffix and not Path(hardware).exists():
-                raise ConfigurationError(
-                    f"applied_hardware={hardware!r}: allowed are 'this-machine', 'flops', a mapping of milliseconds, "
-                    "or the path of a YAML or JSON latency table"
-                )
-            return True
-        return isinstance(hardware, os.PathLike)
-
-    def _check_regularization(self, cost_name: str) -> None:
-        kind, given = self.regularization, self.regularization_params
-        if kind is None:
-            return
-        if kind not in _REQUIRED:
-            raise ConfigurationError(f"grad_reg_loss_type={kind!r}: allowed are {[*_REQUIRED, None]}")
-        missing = [key for key in _REQUIRED[kind] if key not in given]
-        if missing:
-            raise ConfigurationError(
-                f"grad_reg_loss_params={given or None}: {kind!r} needs {list(_REQUIRED[kind])}, missing {missing}"
-            )
-        unit = self._given_cost.unit if self._given_cost is not None else _UNITS[cost_name]
-        if unit != "ms" and self.ref_latency == _DEFAULT_REFERENCE:
-            raise ConfigurationError(
-                f"ref_latency={_DEFAULT_REFERENCE} is the default in ms; the cost is {cost_name!r}, so give the "
-                f"reference in {unit}"
-            )
-        if self.ref_latency <= (1 if kind == "mul#log" else 0):
-            low = "above 1, because of its logarithm" if kind == "mul#log" else "above 0"
-            raise ConfigurationError(f"ref_latency={self.ref_latency} {unit}: {kind!r} needs it {low}")
-
-    def _cost_names(self) -> tuple[str, ...]:
-        return () if self.cost_name is None else (self.cost_name,)
+        if not self.costs.names:
+            return {}
+        probabilities = {label: decision.probabilities() for label, decision in self.decisions.items()}
+        return {name: self.cost_model(name).soft(probabilities) for name in self.costs.names}
 
     def _cost_references(self) -> Mapping[str, float]:
-        return {} if self.cost_name is None else {self.cost_name: self.ref_latency}
-
-    def _build_cost(self, name: str) -> CostModel:
-        if self._given_cost is not None and name == self._given_cost.name:
-            return self._given_cost
-        if name != "latency_ms" or self.hardware in (None, "flops"):
-            return super()._build_cost(name)
-        if self.latency_table is None:
-            self.latency_table = self._on_first_process(lambda: measure_latency(self.model, (self._dummy(),)))
-        return price(self.model, (self._dummy(),), self.latency_table)
+        return self.cost_loss.references
 
     def _check_run(self) -> None:
         searched = self.num_epochs - (1 if self.skip_first_epoch else 0)
@@ -287,15 +216,16 @@ class ProxylessTrainer(Trainer):
                 f"no arch step would be made: {self.num_epochs} search epochs of {self.steps_per_epoch} steps"
                 f"{', the first one without' if self.skip_first_epoch else ''}, and one every {self.arch_every} steps"
             )
-        if self.cost_name is None:
-            return
-        cost = self.cost_model(self.cost_name)
-        if self.hardware == "this-machine" and self.checkpoint_dir is not None and self.latency_table is not None:
+        uniform = {k: torch.full((len(d.options),), 1 / len(d.options)) for k, d in self.decisions.items()}
+        at_start = {name: self.cost_model(name).soft(uniform) for name in self.costs.names}
+        if self.normalize:
+            self.cost_loss.refer_to({name: float(cost) for name, cost in at_start.items()})
+        hardware = self.costs.sources.get("latency_ms")
+        measured = isinstance(hardware, str) and hardware in RUNTIMES and self.fabric.is_global_zero
+        if measured and self.checkpoint_dir is not None and self.latency_table is not None:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             self.latency_table.write(self.checkpoint_dir / "latency_table.yaml")
-        if self.regularization == "mul#log":
-            uniform = {k: torch.full((len(d.options),), 1 / len(d.options)) for k, d in self.decisions.items()}
-            mul_log(torch.tensor(1.0), cost.expected(uniform), self.ref_latency, alpha=1.0, beta=1.0)
+        self.cost_loss(torch.tensor(1.0), at_start)
 
 
 def _arch_adam(lr: float) -> Callable[[list[nn.Parameter]], Optimizer]:
@@ -303,12 +233,21 @@ def _arch_adam(lr: float) -> Callable[[list[nn.Parameter]], Optimizer]:
     return lambda alphas: torch.optim.Adam(alphas, lr=lr, betas=(0.0, 0.999), weight_decay=0.0)
 
 
-def _add_cost_gradient(alphas: Sequence[nn.Parameter], expected: Tensor, variable: Tensor) -> float | Tensor:
-    """Add dL/dE dE/dalpha to the gradients; returns the cost's share of their L1 norm, in [0, 1]."""
-    if variable.grad is None:
+def _add_cost_gradient(
+    alphas: Sequence[nn.Parameter], expected: Mapping[str, Tensor], variables: Mapping[str, Tensor]
+) -> float | Tensor:
+    """Add sum_j dL/dE_j dE_j/dalpha to the gradients; returns the costs' share of their L1 norm, in [0, 1]."""
+    names = [name for name, variable in variables.items() if variable.grad is not None]
+    if not names:
         return 0.0
-    of_cost = torch.autograd.grad(expected, list(alphas), grad_outputs=variable.grad, allow_unused=True)
-    norms = [torch.zeros((), device=variable.device), torch.zeros((), device=variable.device)]
+    of_cost = torch.autograd.grad(
+        [expected[name] for name in names],
+        list(alphas),
+        grad_outputs=[variables[name].grad for name in names],
+        allow_unused=True,
+    )
+    zero = torch.zeros((), device=variables[names[0]].device)
+    norms = [zero, zero]
     for alpha, gradient in zip(alphas, of_cost, strict=True):
         if alpha.grad is not None:
             norms[0] = norms[0] + alpha.grad.abs().sum()
@@ -318,5 +257,5 @@ def _add_cost_gradient(alphas: Sequence[nn.Parameter], expected: Tensor, variabl
     return norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
 
 
-def _named(name: str | None, value: Tensor | None) -> dict[str, Tensor]:
-    return {} if name is None or value is None else {f"{name}_expected": value}
+def _named(costs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}_expected": cost for name, cost in costs.items()}

@@ -1,0 +1,181 @@
+"""Peak memory of the activations: the largest sum of what is alive while an operator runs.
+
+It is a maximum over the run, so it does not add up over layers and its expectation is not that of a table. The hard
+value is exact; the soft one is a surrogate that says, for each option, what the peak would be with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from ..graph import Junction, Program, Run, trace_operators
+from ..mutables import decisions
+from ..mutables.samplers import first_argmax
+from .model import CostModel
+
+__all__ = ["Cost", "PeakMemory", "count_peak_memory"]
+
+
+def count_peak_memory(model: nn.Module, args: Sequence[Any], *, dtype: torch.dtype = torch.float32) -> PeakMemory:
+    """Peak bytes of the activations for ``args`` as it is, batch included, if floating ones are stored as ``dtype``.
+
+    The run is followed operator by operator, in the order of eval mode. A tensor is alive from the operator that
+    makes it to the last one that reads it, the inputs from the beginning, the outputs to the end. Views and what is
+    computed in place take no memory of their own; weights, and buffers that an operator may use inside, do not count.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))  # 4 -> 8 -> 8 -> 2 numbers
+    >>> count_peak_memory(net, (torch.zeros(1, 4),)).of({})  # at the ReLU: (8 + 8) * 4 bytes
+    64.0
+    """
+    sizes = {label: len(d.options) for label, d in decisions(model).items() if d.members[0].decided is None}
+    return PeakMemory(trace_operators(model, args), sizes, dtype)
+
+
+class _Moment(NamedTuple):
+    """A step of a run, with the values that own the memory in use there."""
+
+    bytes: float
+    step: int
+    alive: tuple[int, ...]
+
+
+@final
+class PeakMemory:
+    """The peak memory of every architecture of a search model, in bytes.
+
+    ``of(choices)``: exact. ``soft(probabilities)``: with the most probable architecture a,
+        soft(p) = peak(a) + sum_l sum_o p_l(o) (peak(a with option o for label l) - peak(a)),
+    which is the exact peak where every decision is certain, with the exact differences as its gradient there. In
+    between it is a surrogate, and not an expectation.
+    """
+
+    def __init__(self, program: Program, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+        self.name, self.unit = "peak_memory", "bytes"
+        self.program, self.sizes = program, dict(sizes)
+        self._bytes = [
+            math.prod(v.shape) * (dtype if v.dtype.is_floating_point else v.dtype).itemsize for v in program.values
+        ]
+        self._junctions = {step.output: step for step in program.steps if isinstance(step, Junction)}
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def of(self, choices: Mapping[str, int]) -> float:
+        """The peak of the fixed model of ``choices``."""
+        key = tuple(choices[label] for label in self.sizes)
+        if key not in self._known:
+            self._known[key] = max((moment.bytes for moment in self._moments(self.program.of(choices))), default=0.0)
+        return self._known[key]
+
+    def soft(self, probabilities: Mapping[str, Tensor]) -> Tensor:
+        """The surrogate above, a differentiable scalar; ``probabilities[label]``: shape (n,)."""
+        if not self.sizes:
+            return torch.tensor(self.of({}))
+        likeliest = {label: first_argmax(probabilities[label].tolist()) for label in self.sizes}
+        here = self.of(likeliest)
+        total = probabilities[next(iter(self.sizes))].new_tensor(here)
+        for label, n in self.sizes.items():
+            row = [self.of({**likeliest, label: option}) - here for option in range(n)]
+            total = total + probabilities[label] @ probabilities[label].new_tensor(row)
+        return total
+
+    def covers(self, limit: float, choices: Mapping[str, int]) -> list[dict[str, list[int]]]:
+        """Why ``choices`` are above ``limit``: labels and options such that whoever takes them all is above it too.
+
+        One for each step of the run that is above. A tensor is alive there because the operator that makes it and
+        one that reads it run, and because the mutables in between hand it on; the labels of these are enough.
+        """
+        run = self.program.of(choices)
+        readers = self._last_readers(run)
+        found: list[dict[str, list[int]]] = []
+        for moment in self._moments(run):
+            if moment.bytes > limit:
+                labels = self._labels(run, moment, limit, readers)
+                cover = {label: [choices[label]] for label in self.sizes if label in labels}
+                if cover not in found:
+                    found.append(cover)
+        return found
+
+    def _moments(self, run: Run) -> Iterator[_Moment]:
+        """The steps at which memory is taken, with all that is alive there."""
+        begins: dict[int, list[int]] = {}
+        ends: dict[int, list[int]] = {}
+        for root, (first, last) in self._lives(run).items():
+            begins.setdefault(first, []).append(root)
+            ends.setdefault(last, []).append(root)
+        alive: set[int] = set()
+        for step in sorted({*begins, *ends}):
+            alive.update(begins.get(step, ()))
+            if step in begins:
+                yield _Moment(float(sum(self._bytes[root] for root in alive)), step, tuple(sorted(alive)))
+            alive.difference_update(ends.get(step, ()))
+
+    def _lives(self, run: Run) -> dict[int, tuple[int, int]]:
+        """First and last step of each value that owns memory."""
+        lives = {v.number: (0, 0) for v in self.program.values if v.maker == "input"}
+        for step, operator in enumerate(run.operators):
+            for value in (*operator.inputs, *operator.outputs):
+                root = self._root(run, value.number)
+                if self.program.values[root].maker != "constant":
+                    lives[root] = (lives.get(root, (step, step))[0], step)
+        for number in run.outputs:
+            root = self._root(run, number)
+            if root in lives:
+                lives[root] = (lives[root][0], max(0, len(run.operators) - 1))
+        return lives
+
+    def _root(self, run: Run, number: int) -> int:
+        """The value in whose memory a value lies."""
+        while True:
+            number = run.source(number)
+            alias = self.program.values[number].alias_of
+            if alias is None:
+                return number
+            number = alias
+
+    # ---- why something is alive --------------------------------------------------------------------------------
+
+    def _last_readers(self, run: Run) -> dict[int, tuple[int, int]]:
+        """For each value that owns memory, the step that touches it last, and the value through which it does."""
+        found: dict[int, tuple[int, int]] = {}
+        for step, operator in enumerate(run.operators):
+            for value in (*operator.inputs, *operator.outputs):
+                found[self._root(run, value.number)] = (step, value.number)
+        for number in self.program.outputs:
+            found[self._root(run, number)] = (len(run.operators), number)
+        return found
+
+    def _labels(self, run: Run, moment: _Moment, limit: float, readers: Mapping[int, tuple[int, int]]) -> set[str]:
+        makers = {value.number: o for o in run.operators for value in o.outputs}
+        labels = set(run.operators[moment.step].when) if run.operators else set()
+        total = 0.0
+        for root in sorted(moment.alive, key=lambda root: -self._bytes[root]):
+            if total > limit:
+                break
+            total += self._bytes[root]
+            labels |= set(makers[root].when) if root in makers else set()
+            if root in readers:
+                step, number = readers[root]
+                labels |= set(run.operators[step].when) if step < len(run.operators) else set()
+                labels |= self._handed_on(run, number)
+        return labels
+
+    def _handed_on(self, run: Run, number: int) -> set[str]:
+        """The labels on whose decisions it depends in whose memory a value lies."""
+        labels: set[str] = set()
+        while True:
+            while number in run.sources:
+                junction = self._junctions[number]
+                labels |= {junction.label, *junction.when}
+                number = run.sources[number]
+            alias = self.program.values[number].alias_of
+            if alias is None:
+                return labels
+            number = alias
+
+
+Cost = CostModel | PeakMemory
+"""What a search can be steered by: ``name``, ``unit``, ``sizes``, ``of(choices)`` and ``soft(probabilities)``."""

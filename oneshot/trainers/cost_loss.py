@@ -1,0 +1,113 @@
+"""ProxylessNAS's two ways to put expected costs into the loss, for one cost or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..losses import add_linear, mul_log
+
+__all__ = ["DEFAULT_REFERENCE", "CostLoss"]
+
+DEFAULT_REFERENCE = 65.0  # ms, of NNI's trainer
+_REQUIRED = {"mul#log": ("alpha", "beta"), "add#linear": ("lambda",)}
+
+
+@final
+class CostLoss:
+    """The task loss CE with expected costs E_j and their references ref_j.
+
+    * ``'add#linear'``: CE + sum_j lambda_j (E_j - ref_j) / ref_j;
+    * ``'mul#log'``: CE alpha prod_j (ln E_j / ln ref_j)^beta_j, needs E_j, ref_j > 1;
+    * None: CE.
+
+    ``params``: lambda, or alpha and beta; lambda and beta may be mappings by cost. ``references``: one number, or a
+    mapping by cost; None if they come later, by ``refer_to``. ConfigurationError for anything else.
+
+    >>> import torch
+    >>> loss = CostLoss("add#linear", {"lambda": 0.1}, {"macs": 100.0, "params": 10.0}, {"macs": "MAC", "params": "1"})
+    >>> loss(torch.tensor(2.0), {"macs": torch.tensor(150.0), "params": torch.tensor(5.0)})  # + 0.05 - 0.05
+    tensor(2.)
+    """
+
+    def __init__(
+        self,
+        kind: str | None,
+        params: Mapping[str, float | Mapping[str, float]] | None,
+        references: float | Mapping[str, float] | None,
+        units: Mapping[str, str],
+    ) -> None:
+        self.kind, self.params, self.units = kind, dict(params or {}), dict(units)
+        self.references: dict[str, float] = {}
+        if not units:
+            return
+        self._check_kind()
+        if references is not None:
+            given = references if isinstance(references, Mapping) else self._one(references)
+            self.refer_to(given)
+
+    def refer_to(self, references: Mapping[str, float]) -> None:
+        if set(references) != set(self.units):
+            raise ConfigurationError(
+                f"ref_latency={dict(references)}: the costs of this run are {list(self.units)}, one reference each"
+            )
+        for name, reference in references.items():
+            # Without a regularizer, it is shown and judges nothing.
+            low = {"mul#log": 1, "add#linear": 0}.get(self.kind or "")
+            if low is not None and not reference > low:
+                why = "above 1, because of its logarithm" if low else "above 0"
+                raise ConfigurationError(
+                    f"ref_latency={reference} {self.units[name]} of {name!r}: {self.kind!r} needs it {why}"
+                )
+        self.references = {name: float(references[name]) for name in self.units}
+
+    def __call__(self, task: Tensor, expected: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a step; ``expected``: cost -> E_j, 0-dim."""
+        total = task
+        for i, (name, cost) in enumerate(expected.items()):
+            reference = self.references[name]
+            if self.kind == "add#linear":
+                total = add_linear(total, cost, reference, weight=self._of("lambda", name))
+            elif self.kind == "mul#log":
+                scale = self._of("alpha", name) if i == 0 else 1.0
+                total = mul_log(total, cost, reference, alpha=scale, beta=self._of("beta", name))
+        return total
+
+    def _of(self, key: str, name: str) -> float:
+        value = self.params[key]
+        return float(value[name] if isinstance(value, Mapping) else value)
+
+    def _one(self, reference: float) -> dict[str, float]:
+        if len(self.units) > 1:
+            raise ConfigurationError(
+                f"ref_latency={reference}: this run has the costs {list(self.units)}; give a mapping with a reference "
+                "each, or normalize=True"
+            )
+        ((name, unit),) = self.units.items()
+        if self.kind is not None and unit != "ms" and reference == DEFAULT_REFERENCE:
+            raise ConfigurationError(
+                f"ref_latency={DEFAULT_REFERENCE} is the default in ms; the cost is {name!r}, so give the "
+                f"reference in {unit}"
+            )
+        return {name: reference}
+
+    def _check_kind(self) -> None:
+        if self.kind is None:
+            return
+        if self.kind not in _REQUIRED:
+            raise ConfigurationError(f"grad_reg_loss_type={self.kind!r}: allowed are {[*_REQUIRED, None]}")
+        missing = [key for key in _REQUIRED[self.kind] if key not in self.params]
+        if missing:
+            raise ConfigurationError(
+                f"grad_reg_loss_params={self.params or None}: {self.kind!r} needs {list(_REQUIRED[self.kind])}, "
+                f"missing {missing}"
+            )
+        for key, value in self.params.items():
+            if isinstance(value, Mapping) and (key == "alpha" or set(value) != set(self.units)):
+                raise ConfigurationError(
+                    f"grad_reg_loss_params[{key!r}]={dict(value)}: a number is needed, or, for lambda and beta, one "
+                    f"for each of {list(self.units)}"
+                )

@@ -1,0 +1,150 @@
+"""What a run is steered by: from the arguments ``cost``, ``applied_hardware`` and ``missing`` to cost models."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+from torch import nn
+
+from ..cost import (
+    COUNTED,
+    Cost,
+    CostModel,
+    CostSpec,
+    LatencyTable,
+    PeakMemory,
+    count,
+    count_peak_memory,
+    counted_cost,
+    latency_on,
+)
+from ..cost.hardware import RUNTIMES, Hardware, check_latency_source, is_predicted
+from ..cost.nn_meter import NNMeterLatency
+from ..cost.runtimes import runtime_facts
+from ..errors import ConfigurationError
+
+__all__ = ["CostSources"]
+
+_LATENCY = "latency_ms"
+
+
+@final
+class CostSources:
+    """The costs of a run by name, in their order, each with what it is made from.
+
+    ``table``: the latency table, once there is one; ``predicted``: what nn-Meter said, likewise.
+    """
+
+    def __init__(
+        self,
+        cost: str | Sequence[str] | Cost | CostSpec | Mapping[str, Any] | None,
+        hardware: Hardware | None,
+        missing: Mapping[str, float] | None = None,
+    ) -> None:
+        self.missing = missing
+        self.table: LatencyTable | None = None
+        self.predicted: NNMeterLatency | None = None
+        self.sources = _sources(cost)
+        if hardware == "flops":
+            self._add("macs", "macs", "applied_hardware='flops'")
+        elif hardware is not None:
+            self._add(_LATENCY, hardware, "applied_hardware")
+        for name, source in self.sources.items():
+            self.sources[name] = self._checked(name, source)
+        if missing is not None and not is_predicted(self.sources.get(_LATENCY, {})):
+            raise ConfigurationError(
+                f"missing={dict(missing)}: it is for kernels that predictors of nn-Meter lack, and this run has none; "
+                "give their name or folder as applied_hardware"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.sources)
+
+    @property
+    def runtime(self) -> str | None:
+        """The runtime of this machine that the latency is for, if it is."""
+        source = self.sources.get(_LATENCY)
+        if isinstance(source, str) and source in RUNTIMES:
+            return RUNTIMES[source]
+        if self.table is None or not self.table.runtime.get("threads", "").isdecimal():
+            return None
+        threads = int(self.table.runtime["threads"])
+        kind = self.table.runtime.get("runtime", "").split(" ")[0]
+        here = kind in RUNTIMES.values() and runtime_facts(kind, threads) == dict(self.table.runtime)
+        return kind if here else None
+
+    def facts(self) -> dict[str, Any]:
+        """Where a latency comes from, JSON-ready, for the exported file."""
+        if self.predicted is not None:
+            found = self.predicted
+            said = {"approximations": list(found.approximations), "missing": dict(found.missing)}
+            return {"latency": {"nn_meter": found.hardware, **said}}
+        return {} if self.table is None else {"latency": {"table": self.table.source, **self.table.runtime}}
+
+    def notes(self) -> str:
+        """What is not exact about a prediction, as text."""
+        return "" if self.predicted is None else self.predicted.report()
+
+    def unit(self, name: str) -> str:
+        source = self.sources[name]
+        if isinstance(source, CostModel | PeakMemory | CostSpec):
+            return source.unit
+        return "ms" if name == _LATENCY else "bytes" if name == "peak_memory" else COUNTED[name]
+
+    def build(self, name: str, model: nn.Module, args: Sequence[Any], measure: Callable[[str], LatencyTable]) -> Cost:
+        """The cost of that name, counted, priced or measured now."""
+        known = sorted({*COUNTED, "peak_memory", *self.sources})
+        if name not in known:
+            raise ConfigurationError(f"cost {name!r}: this run has {known}")
+        source = self.sources.get(name, name)
+        if isinstance(source, CostModel | PeakMemory):
+            return source
+        if isinstance(source, CostSpec):
+            return count(model, args, source)
+        if name == "peak_memory":
+            return count_peak_memory(model, args)
+        if name != _LATENCY:
+            return counted_cost(name, model, args)
+        hardware = source if self.table is None else self.table  # of an earlier part of this run
+        cost, found = latency_on(hardware, model, args, missing=self.missing, measure=measure)
+        if isinstance(found, NNMeterLatency):
+            self.predicted = found
+            if found.report():
+                warnings.warn(found.report(), stacklevel=2)
+        else:
+            self.table = found
+        return cost
+
+    def _add(self, name: str, source: Any, argument: str) -> None:
+        if name in self.sources:
+            said = self.sources[name]
+            raise ConfigurationError(f"{argument}: cost= already says what {name!r} is, {said!r}; give one of them")
+        self.sources[name] = source
+
+    def _checked(self, name: str, source: Any) -> Any:
+        """A source that can be used; what is wrong with another one is said now, and not after hours."""
+        if isinstance(source, CostModel | PeakMemory | CostSpec):
+            return source
+        if name == _LATENCY:
+            self.table = check_latency_source(source)
+            return source
+        known = sorted([*COUNTED, "peak_memory"])
+        if name not in known or source not in (None, name):
+            raise ConfigurationError(
+                f"cost {name!r}: {source!r}; allowed are the names {known}, a CostSpec, CostModel or PeakMemory under "
+                f"any name, and {{{_LATENCY!r}: what applied_hardware takes}}"
+            )
+        return name
+
+
+def _sources(cost: str | Sequence[str] | Cost | CostSpec | Mapping[str, Any] | None) -> dict[str, Any]:
+    if cost is None:
+        return {}
+    if isinstance(cost, CostModel | PeakMemory | CostSpec):
+        return {cost.name: cost}
+    if isinstance(cost, Mapping):
+        return dict(cost)
+    return dict.fromkeys([cost] if isinstance(cost, str) else cost)
