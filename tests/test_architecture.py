@@ -22,6 +22,8 @@ LAYERS = (
     {"graph"},
     {"cost", "export"},
     {"trainers"},
+    {"cli"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
