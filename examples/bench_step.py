@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from oneshot import BinaryGates, LayerChoice, ProxylessTrainer, decisions, fixed
+from oneshot.cost import PeakMemory
 from search_spaces.mobilenet import Classifier, ConvBNReLU6, FeatureMix, InvertedResidual, MobileNet, Stem
 
 ARCHITECTURES = 6
@@ -62,6 +63,7 @@ COMPARISONS = (
     Comparison("arch step, two paths", "arch", time_goal=0.70, time_limit=0.77, memory_goal=1.00),
     Comparison("arch step, all gates", "arch, all gates"),
     Comparison("arch step, with a latency", "arch, latency", "arch", 1.01, 1.02, 1.01),
+    Comparison("arch step, with four costs", "arch, four costs", "arch", 1.01, 1.02, 1.01),
     Comparison("weight step, 14 candidates", "weight, 14", "weight", 1.05, 1.10, 1.05),
     Comparison("arch step, 14 candidates", "arch, 14", "arch", 1.05, 1.10, 1.05),
 )
@@ -149,14 +151,21 @@ def search_steps(device: str) -> dict[str, tuple[ProxylessTrainer, Step]]:
     few, many, every = trainer_of(space, device), trainer_of(larger, device), trainer_of(space, device, paths="all")
     rng = random.Random(0)
     table = {name: rng.uniform(0.1, 2.0) for name in (*decisions(space)["block1"].options, "fixed")}
-    priced = trainer_of(
-        space,
-        device,
-        applied_hardware=table,
-        grad_reg_loss_params={"lambda": 0.1},
-        dummy_input=(1, 3, 32, 32),
-        ref_latency=10.0,
-    )
+    common: dict[str, Any] = {
+        "applied_hardware": table,
+        "grad_reg_loss_params": {"lambda": 0.1},
+        "dummy_input": (1, 3, 32, 32),
+    }
+    priced = trainer_of(space, device, **common, ref_latency=10.0)
+    references = {"params": 1e5, "macs": 1e7, "peak_memory": 1e6, "latency_ms": 10.0}
+    weighed = trainer_of(space, device, **common, cost=["params", "macs", "peak_memory"], ref_latency=references)
+    peak = weighed.cost_model("peak_memory")
+    assert isinstance(peak, PeakMemory)
+
+    def with_four_costs(batch: tuple[Tensor, Tensor]) -> None:
+        peak.forget()  # in a search, no two steps draw the same pairs
+        weighed._arch_step(batch)
+
     return {
         "weight": (few, lambda batch: few._update_weights(batch, BinaryGates(1))),
         "weight, 14": (many, lambda batch: many._update_weights(batch, BinaryGates(1))),
@@ -164,6 +173,7 @@ def search_steps(device: str) -> dict[str, tuple[ProxylessTrainer, Step]]:
         "arch, 14": (many, many._arch_step),
         "arch, all gates": (every, every._arch_step),
         "arch, latency": (priced, priced._arch_step),
+        "arch, four costs": (weighed, with_four_costs),
     }
 
 
@@ -222,13 +232,14 @@ def measure(pairs: int, device: str) -> tuple[dict[str, list[float]], dict[str, 
         for name, step in steps.items():
             step(little)  # an optimizer's first step allocates its momentum
             peaks[name].append(peak_bytes(step, batch))
-        with_latency = steps.pop("arch, latency")
+        with_costs = {name: steps.pop(name) for name in ("arch, latency", "arch, four costs")}
         for _ in range(pairs):
             for name in rng.sample(list(steps), len(steps)):
                 times[name].append(seconds(steps[name], batch))
             # A cost never sees the images: on 4 of them its own time, a millisecond or two, stands out of the noise.
-            more = median(seconds(with_latency, little) - seconds(steps["arch"], little) for _ in range(7))
-            times["arch, latency"].append(times["arch"][-1] + more)
+            for name, step in with_costs.items():
+                more = median(seconds(step, little) - seconds(steps["arch"], little) for _ in range(7))
+                times[name].append(times["arch"][-1] + more)
         for trainer in trainers:
             drawn = {label: decision.drawn.active for label, decision in trainer.decisions.items()}
             assert drawn == active, f"another path was drawn, {drawn} instead of {active}"
