@@ -20,7 +20,7 @@ from random_spaces import architectures, random_space
 from torch import Tensor, nn
 
 from oneshot import CostModel, InputChoice, LatencyTable, LayerChoice, OnePath, Repeat, decisions, fixed_arch
-from oneshot.cost import price
+from oneshot.cost import count_macs, count_params, price
 from oneshot.errors import ConfigurationError, UnknownCostError
 from oneshot.mutables import Mutable
 from search_spaces.mobilenet import MobileNet, proxylessnas
@@ -192,6 +192,19 @@ def test_published_table_of_the_paper(imagenet: MobileNet, published: CostModel)
     assert float(published.expected(uniform)) == pytest.approx(113.988129, abs=1e-6)
     assert published.of({k: d.options.index("k3e3") for k, d in known.items()}) == pytest.approx(76.048099, abs=1e-6)
     assert (published.name, published.unit, published.products) == ("latency_ms", "ms", [])
+
+
+def test_published_operations_at_the_widths_of_the_table(imagenet: MobileNet, published: CostModel) -> None:
+    """The operations of proxyless_mobile, block by block, in the search space, whose widths the table holds."""
+    facts = json.loads((PUBLISHED.parent / "proxyless_mobile.json").read_text())
+    blocks = facts["blocks"][1:]  # the first one is not searched
+    names = ["skip" if block is None else f"k{block['kernel']}e{block['expand']}" for block in blocks]
+    known = decisions(imagenet)
+    choices = {label: d.options.index(name) for (label, d), name in zip(known.items(), names, strict=True)}
+    image = (torch.zeros(1, 3, 224, 224),)
+    assert published.of(choices) == pytest.approx(82.523860, abs=1e-6)
+    assert count_params(imagenet).of(choices) == 4_073_520
+    assert count_macs(imagenet, image).of(choices) == 304_227_008
 
 
 def test_a_skip_is_free_and_every_other_candidate_is_not(imagenet: MobileNet, published: CostModel) -> None:

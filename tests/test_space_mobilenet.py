@@ -19,6 +19,8 @@ from oneshot import (
     LayerChoice,
     Softmax,
     arch_parameters,
+    count_macs,
+    count_params,
     decisions,
     draw,
     set_sampler,
@@ -372,6 +374,8 @@ def test_published_network_has_its_parameters_and_macs() -> None:
         net(torch.zeros(1, *facts["input"]))
     assert count(net.parameters()) == facts["parameters"] == 4_080_512
     assert macs == facts["macs"] == 320_427_584
+    assert count_params(net).of({}) == 4_080_512
+    assert count_macs(net, (torch.zeros(1, *facts["input"]),)).of({}) == 320_427_584
 
 
 def test_published_network_has_shortcuts_where_the_facts_say() -> None:
