@@ -113,6 +113,7 @@ def nn_meter_latency(
 def nn_meter_graph(model: nn.Module, args: Sequence[Any]) -> dict[str, Any]:
     """A network without open choices as nn-Meter's own graph, for ``nnMeterPredictor.predict(graph, "nnmeter-ir")``.
 
+    >>> import torch
     >>> graph = nn_meter_graph(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (torch.zeros(1, 3, 9, 9),))
     >>> [(node["attr"]["type"], node["attr"]["output_shape"]) for node in graph.values()]
     [('Placeholder', [[1, 9, 9, 3]]), ('conv', [[1, 7, 7, 8]]), ('relu', [[1, 7, 7, 8]])]
