@@ -271,9 +271,24 @@ def test_points_off_the_grid(ins: list[int], outs: list[int] | None, kernels: li
     assert (asked, again) == (first, None)  # one seed, one choice of points
 
 
+def test_error_at_multiples_only() -> None:
+    """From 8 to 64 there are 8 multiples of 8; 8 * 8 * 1 points, less the 2 * 3 of the grid, are 58."""
+    grid = WidthGrid.fill(lambda i, o, k: i * o, [8, 64], [8, 24, 64], [3])
+    asked: list[tuple[int, int, int]] = []
+
+    def truth(i: int, o: int, k: int) -> float:
+        asked.append((i, o, k))
+        return i * o
+
+    assert grid.error(truth, 100, multiple_of=8).n == 58
+    assert {(i % 8, o % 8) for i, o, _ in asked} == {(0, 0)}
+    with pytest.raises(ConfigurationError, match="multiple_of is 0; at least 1"):
+        grid.error(truth, multiple_of=0)
+
+
 def test_no_error_can_be_measured() -> None:
     whole = WidthGrid.fill(lambda i, o, k: 1.0, [3, 4, 5], [1], [3, 5])  # a kernel of 4 is none of its kind
-    with pytest.raises(ConfigurationError, match="every whole width from the first to the last point is on the grid"):
+    with pytest.raises(ConfigurationError, match="every such width from the first to the last point is on the grid"):
         whole.error(lambda i, o, k: 1.0)
     grid = WidthGrid.fill(lambda i, o, k: 1.0, [3, 5], [1], [3])
     with pytest.raises(ConfigurationError, match=r"cost_of\(4, 1, 3\) is 0 ms; an error relative to it"):

@@ -182,20 +182,24 @@ class WidthGrid:
         shaped = torch.tensor(values, dtype=torch.float64).reshape(len(ins), -1, len(ks))
         return cls(ins, outs, ks, shaped, runtime or {})
 
-    def error(self, cost_of: CostOf, n: int = 50, seed: int = 0) -> GridError:
+    def error(self, cost_of: CostOf, n: int = 50, seed: int = 0, *, multiple_of: int = 1) -> GridError:
         """Compare with ``cost_of`` at ``n`` different random points off the grid and inside it (all, if fewer).
 
-        Points have whole numbers of channels; kernels are odd if all of the grid are, or even if all are.
+        Points have whole numbers of channels, multiples of ``multiple_of`` (8, say, where a search keeps to those: a
+        runtime may take another, slower or faster way for other numbers). Kernels are odd if all of the grid are, or
+        even if all are.
 
         Raises:
             ConfigurationError: the grid holds every such point, or the truth is not a number of ms > 0.
         """
         if n < 1:
             raise ConfigurationError(f"error: n is {n}; at least one point is needed")
-        points = self._off_grid(n, seed)
+        if multiple_of < 1:
+            raise ConfigurationError(f"error: multiple_of is {multiple_of}; at least 1 is needed")
+        points = self._off_grid(n, seed, multiple_of)
         if not points:
             raise ConfigurationError(
-                f"{self.source}: every whole width from the first to the last point is on the grid, so there is "
+                f"{self.source}: every such width from the first to the last point is on the grid, so there is "
                 "nothing to interpolate and no error to measure"
             )
         compared = []
@@ -209,10 +213,11 @@ class WidthGrid:
         share = sum(error <= 0.1 for error in errors) / len(errors)
         return GridError(len(errors), sum(errors) / len(errors), maximum, worst, guess, truth, share)
 
-    def _off_grid(self, n: int, seed: int) -> list[tuple[int, int, int]]:
+    def _off_grid(self, n: int, seed: int, multiple_of: int) -> list[tuple[int, int, int]]:
         step = 2 if len({k % 2 for k in self.kernel}) == 1 else 1
-        tied, ins, ks = self.out_channels is None, _span(self.in_channels), _span(self.kernel, step)
-        outs = range(1) if self.out_channels is None else _span(self.out_channels)
+        tied, ks = self.out_channels is None, _span(self.kernel, step)
+        ins = [width for width in _span(self.in_channels) if width % multiple_of == 0]
+        outs = [width for width in _span(self.out_channels or (0,)) if width % multiple_of == 0]
         total, on_grid = (
             len(ins) * len(outs) * len(ks),
             set(product(self.in_channels, self.out_channels or (0,), self.kernel)),
