@@ -106,7 +106,8 @@ class Program:
 def trace_operators(model: nn.Module, args: Sequence[Any]) -> Program:
     """Run ``model(*args)`` once along every path, in eval mode without grad, and return what runs.
 
-    What the mutables do to mix their options is left out. The model and the random numbers of torch on the CPU are
+    What the mutables do to mix their options is left out; where their outputs lie differently in memory, what follows
+    (a ``reshape``, say) is that of the first option. The model and the random numbers of torch on the CPU are
     afterwards as they were. UnsupportedModelError for a model that does not run on ``args``.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), LayerChoice({"relu": nn.ReLU(), "none": nn.Identity()}, label="act"))
@@ -117,8 +118,8 @@ def trace_operators(model: nn.Module, args: Sequence[Any]) -> Program:
     tracer = _Tracer(model, lambda _: False, keep=False)
     recorder = _Recorder(model, tracer)
     try:
-        tracer.attach()
         recorder.attach(model)
+        tracer.attach()  # its hooks run before those of the recorder, which asks it what holds
         with torch.random.fork_rng(devices=[]), evaluated(model, EveryPath()), _plain_attention(), recorder:
             recorder.take_inputs(args)
             _run(model, args)
@@ -160,10 +161,12 @@ class _Recorder(TorchDispatchMode):
         self.scopes = [_Scope("", {})]
         self.labels = {id(m): k for k, d in decisions(model).items() for m in d.members if m.decided is None}
         self.handles: list[Any] = []
+        self.written: set[int] = set()  # memory of constants into which something else was written
 
     def attach(self, model: nn.Module) -> None:
         for path, module in model.named_modules():
-            self.handles.append(module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True))
+            enter = partial(self._enter, path)
+            self.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave))
 
     def remove(self) -> None:
@@ -172,7 +175,9 @@ class _Recorder(TorchDispatchMode):
 
     def take_inputs(self, args: Sequence[Any]) -> None:
         for tensor in _tensors(args):
-            self._new(tensor, "input")
+            if tensor not in self.numbers:
+                same = [n for t, n in self.numbers.items() if _memory(t) is not None and _memory(t) == _memory(tensor)]
+                self._new(tensor, "input", same[0] if same else None)
 
     # ---- modules -----------------------------------------------------------------------------------------------
 
@@ -231,7 +236,10 @@ class _Recorder(TorchDispatchMode):
         inputs = [(tensor, self._value(tensor)) for tensor in _tensors((args, kwargs))]
         recorded = _replaced(args, self._value), {key: _replaced(leaf, self._value) for key, leaf in kwargs.items()}
         output = func(*args, **kwargs)
-        outputs = tuple(self._made(tensor, inputs) for tensor in _tensors(output))
+        written = _written(func, args, kwargs)
+        if not all(value.folded for _, value in inputs):
+            self.written |= {memory for tensor in written if (memory := _memory(tensor)) is not None}
+        outputs = tuple(self._made(tensor, inputs) for tensor in _tensors(output) or written)
         if outputs:
             name = func._overloadpacket.__name__
             values = tuple(value for _, value in inputs)
@@ -254,6 +262,9 @@ class _Recorder(TorchDispatchMode):
         number = self.numbers.get(tensor)
         if number is None:
             number = self._new(tensor, "constant", folded=True)
+        elif self.program.values[number].folded and _memory(tensor) in self.written:
+            # A buffer that a view of it was filled through, say: it is no constant any more.
+            number = self._new(tensor, "operator", alias_of=number)
         return self.program.values[number]
 
     def _numbers_of(self, tree: Any) -> list[int]:
@@ -264,7 +275,9 @@ def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, list | tuple | dict):  # most of them; pytree is ten times slower
-        return [t for leaf in (tree.values() if isinstance(tree, dict) else tree) for t in _tensors(leaf)]
+        # By key: two options may return one dict in different orders.
+        leaves = [tree[key] for key in sorted(tree, key=str)] if isinstance(tree, dict) else tree
+        return [tensor for leaf in leaves for tensor in _tensors(leaf)]
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -275,6 +288,14 @@ def _replaced(tree: Any, by: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(_replaced(leaf, by) for leaf in tree)
     return tree
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operator changes."""
+    arguments = func._schema.arguments
+    given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+    changed = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return _tensors([given[name] for name in changed if name in given])
 
 
 def _memory(tensor: Tensor) -> int | None:

@@ -172,12 +172,13 @@ class _Tracer:
 
     def attach(self) -> None:
         followed = {*self.children, *(id(child.module) for row in self.children.values() for child in row)}
+        # What the user's own hooks do belongs to their module: they run after these enter, and before these leave.
         for path, module in self.model.named_modules():
-            if id(module) in followed:
-                self.handles.append(module.register_forward_pre_hook(self._enter))
             if self.is_unit(module):
-                self.handles.append(module.register_forward_pre_hook(self._enter_unit))
+                self.handles.append(module.register_forward_pre_hook(self._enter_unit, prepend=True))
                 self.handles.append(module.register_forward_hook(partial(self._report, path), with_kwargs=True))
+            if id(module) in followed:
+                self.handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
             if id(module) in followed:
                 self.handles.append(module.register_forward_hook(self._leave))
 
@@ -229,7 +230,7 @@ class _Watch(TorchDispatchMode):
 
     def attach(self, model: nn.Module, handles: list[Any]) -> None:
         for path, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(self._enter, path)))
+            handles.append(module.register_forward_pre_hook(partial(self._enter, path), prepend=True))
             handles.append(module.register_forward_hook(self._leave))
 
     def _enter(self, path: str, module: nn.Module, args: Any) -> None:

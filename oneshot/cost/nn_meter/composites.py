@@ -86,6 +86,8 @@ class _Chains:
             if not way:
                 return
             chain += way
+        if self._node(chain[1]).attributes.get("most") != 6:
+            return
         products = [j for j in chain if self._node(j).type == "mul"]
         scalings = [self._node(j) for j in chain if self._node(j).type in scale]
         if len(products) != 1 or self.inputs(i)[0] not in self.inputs(products[0]):
@@ -104,7 +106,9 @@ class _Chains:
             if not way:
                 return
             chain += way
-        if self.inputs(i)[0] not in self.inputs(chain[-1]):
+        convolutions = [self._node(j) for j in chain if self._node(j).type == "conv"]
+        pointwise = all(node.attributes["ks"] == [1, 1] for node in convolutions)
+        if self.inputs(i)[0] not in self.inputs(chain[-1]) or not pointwise:
             return
         used = {self._node(j).type for j in chain}
         usual = used.isdisjoint(("sigmoid", "fc"))
@@ -123,5 +127,12 @@ class _Chains:
             if not way:
                 return
             chain += way
-        if self._node(chain[-1]).output_shape == node.input_shapes[0]:
+        groups_and_channels = {tuple(axis % 5 for axis in self._node(chain[1]).attributes.get("axes", ()))} <= {
+            (1, 2),
+            (2, 1),
+        }
+        same_image = (
+            node.output_shape[3:] == node.input_shapes[0][2:] and node.output_shape[0] == node.input_shapes[0][0]
+        )
+        if groups_and_channels and same_image and self._node(chain[-1]).output_shape == node.input_shapes[0]:
             self.merge(chain, "channelshuffle")

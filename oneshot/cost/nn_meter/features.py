@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from ...errors import UnknownCostError
 from .kernels import Kernel
 from .nodes import FREE, Node
 
@@ -31,8 +30,8 @@ class Row(NamedTuple):
 def rows_of(kernel: Kernel, known: Mapping[str, int]) -> list[Row]:
     """The rows of a kernel; none if it only moves views. ``known``: predictor -> number of its features.
 
-    A predictor that is not known is asked for all the same: the caller says what it stands for. UnknownCostError
-    for a kernel that nn-Meter has no predictor for.
+    A predictor that is not known is asked for all the same, and what nn-Meter has none for is a row of its own name
+    without features: the caller says what these stand for.
     """
     nodes = [node for node in kernel.nodes if node.type != FREE]
     if not nodes:
@@ -44,9 +43,10 @@ def rows_of(kernel: Kernel, known: Mapping[str, int]) -> list[Row]:
         rows = [row for node in nodes for row in rows_of(Kernel((node.type,), (node,), kernel.when), known)]
         return [row._replace(notes=(*row.notes, note)) for row in rows]
     if name is None:
-        raise UnknownCostError(f"{nodes[0].type}")
+        return [Row(nodes[0].type, (), 1)]
     node = next((node for node in nodes if node.type in _HEADS), nodes[0])
-    _check_shape(node, name)
+    if not _is_image(node, name):
+        return [Row(f"{node.type} on {len(node.input_shapes[0])}-D tensors", (), 1)]
     return _ROWS[name](name, node, known)
 
 
@@ -68,11 +68,11 @@ def _predictor(types: tuple[str, ...]) -> str | None:
     return types[0] if len(types) == 1 and types[0] in _ALONE else _WHOLE.get(types)
 
 
-def _check_shape(node: Node, name: str) -> None:
-    shape = node.input_shapes[0]
+def _is_image(node: Node, name: str) -> bool:
+    """Whether a kernel has the tensors that nn-Meter knows: images, and vectors where these make sense."""
+    n_axes = len(node.input_shapes[0])
     flat = name in ("relu", "bn", "bnrelu", "hswish", "add", "addrelu", "concat")
-    if node.type != "fc" and len(shape) != 4 and not (flat and len(shape) == 2):
-        raise UnknownCostError(f"{node.type} on {len(shape)}-D tensors")
+    return node.type == "fc" or n_axes == 4 or (flat and n_axes == 2)
 
 
 Known = Mapping[str, int]
@@ -122,7 +122,7 @@ def _sum(name: str, node: Node, known: Known) -> list[Row]:
 def _concat(name: str, node: Node, known: Known) -> list[Row]:
     """[H, n, c1, c2, c3, c4], or without n for sets that nn-Meter's own builder made; 0 for what is not there."""
     height, times, notes = _square(node)
-    widths = [shape[1] for shape in node.input_shapes]
+    widths = list(node.attributes["widths"])
     if len(widths) > 4:
         notes = (*notes, f"concatenation of {len(widths)} priced as several ones of at most 4")
     rows = []

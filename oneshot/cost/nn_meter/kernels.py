@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from .nodes import Node
 from .package import nn_meter_package
 from .regions import Piece
 
-__all__ = ["Detector", "Kernel", "folded", "ir_of"]
+__all__ = ["Detector", "Kernel", "folded", "ir_of", "merged"]
 
 _STUB = "outside"
 
@@ -69,6 +69,37 @@ class Detector:
             if names:
                 groups.append(tuple(int(name) for name in names))
         return groups
+
+
+def merged(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Each kernel once for as few conditions as possible, instead of once for each combination of decisions.
+
+    Two conditions that differ in the options of one label hold together as one: those of a label are united, one
+    label after the other. They stay exclusive, so prices still add up.
+    """
+    found: dict[Any, tuple[Kernel, list[Condition]]] = {}
+    for kernel in kernels:
+        # A layer that a BatchNorm behind the choice was folded into has the outputs of that BatchNorm.
+        key = tuple((n.type, n.path, n.inputs, n.outputs, n.input_shapes, repr(n.attributes)) for n in kernel.nodes)
+        found.setdefault(key, (kernel, []))[1].append(kernel.when)
+    return [kernel._replace(when=when) for kernel, conditions in found.values() for when in _united(conditions)]
+
+
+def _united(conditions: list[Condition]) -> list[Condition]:
+    """
+    >>> both = frozenset({0, 1})
+    >>> every = [{"a": frozenset({k}), "b": frozenset({m})} for k in (0, 1) for m in (0, 1)]
+    >>> _united(every) == [{"a": both, "b": both}]
+    True
+    """
+    for label in conditions[0]:
+        rows: dict[Any, frozenset[int]] = {}
+        for when in conditions:
+            others = tuple((key, options) for key, options in when.items() if key != label)
+            rows[others] = rows.get(others, frozenset()) | when[label]
+        conditions = [{**dict(others), label: options} for others, options in rows.items()]
+    # Every pass puts its label last: after all of them they stand as they stood.
+    return conditions
 
 
 def ir_of(piece: Piece) -> dict[str, Any]:

@@ -15,12 +15,19 @@ from ...graph import Condition, trace_operators
 from ...mutables import decisions
 from ..model import CostModel, Term
 from .features import Row, rows_of
-from .kernels import Detector, Kernel, folded, ir_of
+from .kernels import Detector, Kernel, folded, ir_of, merged
 from .nodes import FREE
 from .predictors import PredictorSet, load_predictor_set
 from .regions import Piece, graph_of, pieces
 
-__all__ = ["NNMeterLatency", "PricedKernel", "PricedPart", "nn_meter_graph", "nn_meter_latency"]
+__all__ = [
+    "NNMeterLatency",
+    "PricedKernel",
+    "PricedPart",
+    "check_missing",
+    "nn_meter_graph",
+    "nn_meter_latency",
+]
 
 
 class PricedPart(NamedTuple):
@@ -79,20 +86,22 @@ def nn_meter_latency(
     """Price a network, or a search space, with the kernel predictors of a device.
 
     The kernels are those that nn-Meter detects in each architecture, also across the borders of its choices; the
-    cost is linear in them, so its expectation is exact. ``hardware``: see ``load_predictor_set``. ``missing``: kernel
-    or predictor -> ms, for what the set cannot price; without it such a kernel is an UnknownCostError that names the
-    layer, the kernel and the set. Unknown is never 0 ms.
+    cost is linear in them, so its expectation is exact. Only squeeze-excite, hard-swish and channel shuffle are found
+    inside of one candidate alone, where networks spell them out.
+
+    ``hardware``: see ``load_predictor_set``. ``missing``: kernel or predictor -> ms, for what the set cannot price;
+    without it such a kernel is an UnknownCostError that names the layer, the kernel and the set. Unknown is never 0 ms.
     """
     predictors = hardware if isinstance(hardware, PredictorSet) else load_predictor_set(hardware)
-    stated = _checked(missing or {})
+    stated = check_missing(missing or {})
     sizes = {label: len(d.options) for label, d in decisions(model).items()}
     detector = Detector(predictors.fusion_rules)
-    found = [
+    found = merged(
         kernel
         for piece in pieces(graph_of(trace_operators(model, args)), detector.fusible, sizes)
         for kernel in detector.kernels(piece)
         if set(kernel.types) != {FREE}
-    ]
+    )
     answers = _asked(found, predictors, stated)
     kernels = [
         PricedKernel(kernel.nodes[0].path, kernel.types, sum(part.ms for part in parts), kernel.when, tuple(parts))
@@ -133,7 +142,7 @@ def nn_meter_graph(model: nn.Module, args: Sequence[Any]) -> dict[str, Any]:
 def _asked(kernels: Sequence[Kernel], predictors: PredictorSet, stated: Mapping[str, float]) -> list[list[PricedPart]]:
     """The parts of every kernel with their prices; all questions to one predictor are asked at once."""
     known = {name: forest.n_features for name, forest in predictors.forests.items()}
-    rows = [_rows(kernel, known) for kernel in kernels]
+    rows = [rows_of(kernel, known) for kernel in kernels]
     problems = {
         f"{kernel.nodes[0].path or 'the network'}: kernel {row.predictor!r}": row.predictor
         for kernel, asked in zip(kernels, rows, strict=True)
@@ -145,10 +154,10 @@ def _asked(kernels: Sequence[Kernel], predictors: PredictorSet, stated: Mapping[
         raise UnknownCostError(
             f"latency: {predictors.name} has no predictor for {len(problems)} kernels:\n  "
             + "\n  ".join(shown + ["..."] * (len(problems) > len(shown)))
-            + f"\nits predictors are {sorted(known)}. Use another set, or say what they take: missing="
+            + f"\nits predictors are {sorted(known)}. Use another set, or say what they take in ms: missing="
             + "{"
-            + ", ".join(f"{gap!r}: 0.0" for gap in gaps)
-            + "} (ms each; it is repeated in the report)"
+            + ", ".join(f"{gap!r}: ..." for gap in gaps)
+            + "} (it is repeated in the report)"
         )
     ms: dict[tuple[str, tuple[float, ...]], float] = {}
     for name, forest in predictors.forests.items():
@@ -166,13 +175,6 @@ def _asked(kernels: Sequence[Kernel], predictors: PredictorSet, stated: Mapping[
     return [[priced(row) for row in asked] for asked in rows]
 
 
-def _rows(kernel: Kernel, known: Mapping[str, int]) -> list[Row]:
-    try:
-        return rows_of(kernel, known)
-    except UnknownCostError as error:
-        return [Row(str(error), (), 1)]
-
-
 def _check_width(predictors: PredictorSet, name: str, questions: Sequence[tuple[float, ...]]) -> None:
     wrong = {len(question) for question in questions} - {predictors.forests[name].n_features}
     if wrong:
@@ -182,7 +184,7 @@ def _check_width(predictors: PredictorSet, name: str, questions: Sequence[tuple[
         )
 
 
-def _checked(missing: Mapping[str, float]) -> dict[str, float]:
+def check_missing(missing: Mapping[str, float]) -> dict[str, float]:
     for name, ms in missing.items():
         if isinstance(ms, bool) or not isinstance(ms, int | float) or not 0 <= ms < math.inf:
             raise ConfigurationError(f"missing={{{name!r}: {ms!r}}}: a finite number of milliseconds >= 0 is needed")

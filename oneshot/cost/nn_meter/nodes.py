@@ -43,8 +43,8 @@ class Node:
 def node_of(operator: Operator) -> Node | None:
     """The node of an operator; None if it computes constants or hands its input on."""
     inputs = [value for value in operator.inputs if not value.folded]
-    name = operator.name if operator.name == "__and__" else operator.name.rstrip("_")
-    if not inputs or name in _SAME or all(value.folded for value in operator.outputs):
+    name = operator.name.rstrip("_")
+    if not inputs or name in _SAME:
         return None
     kind, attributes, notes = _KINDS.get(name, _other)(operator, inputs)
     return Node(
@@ -61,7 +61,7 @@ def node_of(operator: Operator) -> Node | None:
     )
 
 
-_SAME = {"detach", "alias", "lift_fresh", "dropout", "contiguous"}
+_SAME = {"detach", "alias", "lift_fresh"}
 """Operators whose result is their input; see ``passes_on``."""
 
 
@@ -98,7 +98,8 @@ def _convolution(o: Operator, inputs: list[Value]) -> Kind:
 
 
 def _linear(o: Operator, inputs: list[Value]) -> Kind:
-    if len(inputs) > 1:
+    by_row = o.args[1 if o.name == "addmm" else 0]  # and not the weight, nor a bias that is computed
+    if len(inputs) > 1 or by_row.folded:
         return "matmul", {}, ()
     rows = 1
     for size in inputs[0].shape[:-1]:
@@ -107,29 +108,27 @@ def _linear(o: Operator, inputs: list[Value]) -> Kind:
 
 
 def _batch_norm(o: Operator, inputs: list[Value]) -> Kind:
-    return "bn", {}, ()
-
-
-def _clamped(low: Any) -> Kind:
-    return ("relu" if low == 0 else "clip"), {}, ()
+    # With the statistics of the batch, or of each image, it cannot be folded into anything.
+    by_batch = o.name in ("native_batch_norm", "cudnn_batch_norm") and bool(o.args[5])
+    return ("batch-statistics-norm" if by_batch else "bn"), {}, ()
 
 
 def _relu(o: Operator, inputs: list[Value]) -> Kind:
     return "relu", {}, ()
 
 
-def _hardtanh(o: Operator, inputs: list[Value]) -> Kind:
-    return _clamped(o.args[1] if len(o.args) > 1 else -1.0)
-
-
 def _clamp(o: Operator, inputs: list[Value]) -> Kind:
-    return _clamped(o.args[1] if len(o.args) > 1 else o.kwargs.get("min"))
+    default: dict[str, Any] = {"min_val": -1.0, "max_val": 1.0} if "hardtanh" in o.name else {}
+    names = ("min_val", "max_val") if default else ("min", "max")
+    given = {**default, **dict(zip(names, o.args[1:], strict=False)), **o.kwargs}
+    return ("relu" if given.get(names[0]) == 0 else "clip"), {"most": given.get(names[1])}, ()
 
 
 def _elementwise(o: Operator, inputs: list[Value]) -> Kind:
     name = o.name.rstrip("_")
     if len(inputs) == 1:
-        return f"{name}-constant", {}, ()
+        usual = o.kwargs.get("alpha", 1) == 1 and o.kwargs.get("rounding_mode") is None
+        return f"{name}-constant" if usual else f"{name}-with-options", {}, ()
     shapes = {value.shape for value in inputs}
     return name, {}, () if len(shapes) == 1 else (f"{name} of different shapes priced as of the larger one",)
 
@@ -140,7 +139,11 @@ def _pool(o: Operator, inputs: list[Value]) -> Kind:
     kind = "maxpool" if "max" in o.name else "avgpool"
     if kind == "avgpool" and o.outputs[0].shape[2:] == (1, 1) and tuple(kernel) == inputs[0].shape[2:]:
         return "gap", {}, ()
-    return kind, {"ks": kernel, "strides": strides}, _square_notes(kernel, strides)
+    notes = _square_notes(kernel, strides)
+    dilation = _all(o.args[4], 2) if kind == "maxpool" and len(o.args) > 4 else [1, 1]
+    if dilation != [1, 1]:
+        notes = (*notes, f"dilation {_by(dilation)} of a pool priced as 1")
+    return kind, {"ks": kernel, "strides": strides}, notes
 
 
 def _adaptive_pool(o: Operator, inputs: list[Value]) -> Kind:
@@ -165,12 +168,22 @@ def _view(o: Operator, inputs: list[Value]) -> Kind:
 def _split(o: Operator, inputs: list[Value]) -> Kind:
     if all(value.shape == inputs[0].shape for value in o.outputs):
         return FREE, {}, ()  # x[:] and the like
-    return "split", {}, () if o.name.startswith("split") else (f"{o.name} priced as split",)
+    notes = [] if o.name.startswith("split") else [f"{o.name} priced as split"]
+    axis = (o.args[2] if len(o.args) > 2 else o.kwargs.get("dim", 0)) if not notes else 1
+    if axis % len(inputs[0].shape) != 1:
+        notes.append(f"split along axis {axis} priced as one of channels")
+    return "split", {}, tuple(notes)
 
 
 def _concat(o: Operator, inputs: list[Value]) -> Kind:
     axis = (o.args[1] if len(o.args) > 1 else o.kwargs.get("dim", 0)) % len(inputs[0].shape)
-    return "concat", {}, () if axis == 1 else (f"concatenation along axis {axis} priced as one of channels",)
+    widths = [value.shape[1] for value in o.args[0]]  # constants (coordinates, zeros) are copied too
+    notes = () if axis == 1 else (f"concatenation along axis {axis} priced as one of channels",)
+    return "concat", {"widths": widths}, notes
+
+
+def _transpose(o: Operator, inputs: list[Value]) -> Kind:
+    return "transpose", {"axes": tuple(o.args[1:3])}, ()
 
 
 def _named(kind: str) -> Callable[[Operator, list[Value]], Kind]:
@@ -190,7 +203,7 @@ _KINDS: Mapping[str, Callable[[Operator, list[Value]], Kind]] = {
     "_native_batch_norm_legit_no_training": _batch_norm,
     "cudnn_batch_norm": _batch_norm,
     "relu": _relu,
-    "hardtanh": _hardtanh,
+    "hardtanh": _clamp,
     "clamp": _clamp,
     "clamp_min": _clamp,
     "hardswish": _named("hswish"),
@@ -217,9 +230,9 @@ _KINDS: Mapping[str, Callable[[Operator, list[Value]], Kind]] = {
     "select": _split,
     "native_channel_shuffle": _named("channelshuffle"),
     "channel_shuffle": _named("channelshuffle"),
-    "t": _named("transpose"),
+    "t": _transpose,
     "permute": _named("transpose"),
-    "transpose": _named("transpose"),
+    "transpose": _transpose,
     "clone": _named("copy"),
 }
 

@@ -3,7 +3,8 @@
 Across the border of a mutable, what follows a node depends on decisions. nn-Meter fuses a node with its consumer by
 their types alone, so most borders are never fused across, and the nodes on both sides can be priced apart. Where they
 can be, the nodes form one region, which is looked at for every combination of the decisions that matter to it. The
-sum over the regions is then, for every architecture, the price of its own network.
+sum over the regions is then, for every architecture, the price of its own network (but for composites that a border
+runs through, see ``composites``).
 """
 
 from __future__ import annotations
@@ -114,8 +115,7 @@ def pieces(graph: Graph, fusible: Fusible, sizes: Mapping[str, int]) -> Iterator
     leaving: dict[int, list[int]] = {}
     for e, edge in enumerate(graph.edges):
         leaving.setdefault(edge.maker, []).append(e)
-    joined = [ends[e] for e, edge in enumerate(graph.edges) if e in active or not edge.crosses]
-    for region in _joined(len(graph.nodes), joined):
+    for region in _joined(len(graph.nodes), [ends[e] for e in active]):
         # How many read a node matters where it may be fused with one of them.
         shared = {i: leaving[i] for i in region if any(e in active for e in leaving.get(i, ()))}
         conditions = [graph.nodes[i].when for i in region]
