@@ -163,3 +163,89 @@ def test_indices_keep_their_own_width() -> None:
     indices = torch.zeros(8, dtype=torch.long)
     assert count_peak_memory(net, (indices,)).of({}) == 64 + 128
     assert count_peak_memory(net, (indices,), dtype=torch.float16).of({}) == 64 + 64
+
+
+class Parallel(nn.Module):
+    """Choices side by side, of which one hands its input on and four make something of the same size."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        options = [nn.Identity(), nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.Conv2d(3, 3, 1)]
+        self.choices = nn.ModuleList([LayerChoice(options) for _ in range(n)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([choice(x) for choice in self.choices], 1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_cut_off_is_above_the_limit(seed: int) -> None:
+    """Every architecture that takes the options of a cover has a peak above the limit."""
+    torch.manual_seed(seed)
+    model = random_space(seed, leaf) if seed < 10 else Parallel(3)
+    cost = count_peak_memory(model, (torch.randn(2, 3, 4, 4),))
+    every = [dict(zip(cost.sizes, row, strict=True)) for row in itertools.product(*map(range, cost.sizes.values()))]
+    limits = sorted({cost.of(choices) for choices in every})[:-1]
+    checked = 0
+    for limit in limits:
+        for choices in every[::3]:
+            for cover in cost.covers(limit, choices):
+                assert all(choices[label] in options for label, options in cover.items())
+                taken = [c for c in every if all(c[label] in options for label, options in cover.items())]
+                assert min(map(cost.of, taken)) > limit
+                checked += 1
+    assert checked > 0 or not limits
+
+
+def test_equal_options_are_cut_off_together() -> None:
+    """Eight choices of five: 390,625 architectures, of which only the numbers of identities count.
+
+    x and the concatenation are 1 + 8 units of memory, each option that is no identity one more: limit 13 allows 4.
+    """
+    model = Parallel(8)
+    cost = count_peak_memory(model, (torch.randn(1, 3, 4, 4),))
+    unit = 3 * 16 * 4
+    rng = random.Random(0)
+    log_p = {
+        k: torch.tensor([rng.gauss(0, 1) for _ in range(n)]).log_softmax(0).tolist() for k, n in cost.sizes.items()
+    }
+    found = best_under_budget(log_p, {"peak_memory": cost}, {"peak_memory": 13 * unit})
+    assert cost.of(found) == 13 * unit
+    # The best: in each choice the best option; identities where they cost least.
+    best = sum(max(row) for row in log_p.values())
+    losses = sorted(max(row) - row[0] for row in log_p.values())
+    assert sum(log_p[k][o] for k, o in found.items()) == pytest.approx(best - sum(losses[:4]))
+
+
+def test_inputs_that_share_memory_count_once() -> None:
+    class Add(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a + b
+
+    x = torch.zeros(1, 8)
+    assert count_peak_memory(Add(), (x, x)).of({}) == 64  # the input and the sum, 32 bytes each
+    assert count_peak_memory(Add(), (x, x[:])).of({}) == 64
+    assert count_peak_memory(Add(), (x, x.clone())).of({}) == 96
+
+
+def test_options_may_return_one_dict_in_different_orders() -> None:
+    class Pair(nn.Module):
+        def __init__(self, turned: bool) -> None:
+            super().__init__()
+            self.turned = turned
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            pairs = [("a", torch.cat([x, x, x], 1)), ("b", x + 1)]
+            return dict(reversed(pairs) if self.turned else pairs)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.choice = LayerChoice([Pair(False), Pair(True)], label="c")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.choice(x)["b"] * 2
+
+    net, x = Net(), torch.randn(1, 4)
+    cost = count_peak_memory(net, (x,))
+    for k in (0, 1):
+        assert cost.of({"c": k}) == tracked_peak(fixed(net, {"c": k}), x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from oneshot import (
     fixed,
     weight_parameters,
 )
-from oneshot.cost import Term
+from oneshot.cost import MACS, Term
 from oneshot.errors import ConfigurationError, InfeasibleTargetError, UnknownCostError
 
 MS = {"k1": 1.0, "k3": 3.0, "k5": 5.0, "skip": 0.0, "0": 3.0, "1": 5.0, "2": 2.0, "fixed": 0.5}
@@ -295,6 +296,7 @@ def test_the_call_of_the_seed_page(tmp_path: Any) -> None:
 
 
 BASE: dict[str, Any] = {"cost": None}
+PREDICTORS = Path(__file__).parent / "data" / "nn_meter_tiny"
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"grad_reg_loss_params": None}, r"'add#linear' needs \['lambda'\]"),
     ({"grad_reg_loss_params": {"alpha": 1}}, r"missing \['lambda'\]"),
@@ -312,6 +314,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"cost": ["macs", "params"], "ref_latency": {"macs": 1e4}}, r"the costs of this run are \['macs', 'params'\]"),
     ({"cost": {"macs": "params"}}, "cost 'macs': 'params'; allowed are"),
     ({"cost": {"latency_ms": 3.0}, "ref_latency": 1}, r"hardware 3.0: allowed are \['this-machine',"),
+    ({"ref_latency": float("inf")}, "ref_latency=inf: a finite number is needed"),
+    ({"ref_latency": None}, "ref_latency=None: a finite number is needed"),
+    ({"grad_reg_loss_params": {"lambda": float("nan")}}, r"grad_reg_loss_params\['lambda'\]=nan: a finite number"),
+    ({"grad_reg_loss_params": {"lambda": 0.1, "gamma": 1}}, r"\['gamma'\] are not among"),
+    ({"grad_reg_loss_params": 0.1}, "grad_reg_loss_params=0.1: a mapping is needed"),
+    ({"cost": 5}, "cost=5: a name, a CostSpec"),
+    ({"cost": "latency_ms"}, "say of what hardware, applied_hardware="),
+    ({"cost": {"params": MACS}}, "cost 'params': it is given as 'macs'; call it by another name"),
+    ({"cost": count_params(nn.Linear(2, 2))}, "cost 'params' has decisions {}"),
+    ({**BASE, "applied_hardware": str(PREDICTORS), "missing": {"fc": -1}}, "milliseconds >= 0 is needed"),
     ({"normalize": True}, "normalize=True and ref_latency=10000: give one"),
     ({"missing": {"fc": 0.0}}, "this run has none; give their name or folder as applied_hardware"),
     ({"grad_reg_loss_params": {"lambda": {"params": 1.0}}}, r"or, for lambda and beta, one for each of \['macs'\]"),

@@ -24,7 +24,7 @@ from oneshot.cost import (
     latency_on,
 )
 from oneshot.cost.nn_meter import load_predictor_set, nn_meter_latency
-from oneshot.errors import ConfigurationError, UnknownCostError
+from oneshot.errors import CheckpointError, ConfigurationError, UnknownCostError
 from oneshot.trainers import base
 from oneshot.trainers.cost_loss import CostLoss
 from oneshot.trainers.costs import CostSources
@@ -207,14 +207,14 @@ def test_report_prints_target_prediction_and_measurement(monkeypatch: pytest.Mon
     monkeypatch.setattr(base, "measure_table", measured)
     trainer = proxyless(tiny(), cost=None, applied_hardware="this-machine-onnxruntime", ref_latency=2.5)
     trainer.train()
-    report = trainer.report(budget={"latency_ms": 2.5}, threads=2)
+    report = trainer.report(budget={"latency_ms": 2.5})
     row = next(row for row in report.rows if row.name == "latency_ms")
     assert trainer.latency_table is not None
     assert trainer.latency_table.source == "onnxruntime"
     assert row.predicted <= row.target == 2.5  # type: ignore[operator]
     assert row.error == pytest.approx(row.predicted / 2.0 - 1)
     plain = trainer.export_model(budget={"latency_ms": 2.5})
-    assert asked == [(sum(p.numel() for p in plain.parameters()), (1, 1, 8, 8), "onnxruntime", 2)]
+    assert asked == [(sum(p.numel() for p in plain.parameters()), (1, 1, 8, 8), "onnxruntime", 1)]
     lines = str(report).splitlines()
     assert lines[0].split() == ["cost", "unit", "target", "predicted", "measured", "p95", "error"]
     assert lines[2].split()[:4] == ["latency_ms", "ms", "2.5", f"{row.predicted:.4g}".removesuffix(".0")]
@@ -242,3 +242,41 @@ def test_sources_of_every_kind_and_their_units() -> None:
     with pytest.raises(ConfigurationError, match="applied_hardware: cost= already says what 'latency_ms' is"):
         CostSources({"latency_ms": predictors}, TABLE)
     assert latency_on(TABLE, tiny(), (X,))[0].of({"one": 0, "two": 1, "depth": 0}) == 0.25 + 1 + 2 + 0.5
+
+
+def test_a_run_goes_on_with_the_same_costs_only(tmp_path: Path) -> None:
+    def trainer(**changes: Any) -> ProxylessTrainer:
+        return proxyless(tiny(), **{"cost": None, "ref_latency": 2.0, "applied_hardware": TABLE, **changes})
+
+    first = trainer()
+    first.train()
+    first.save(tmp_path / "run.ckpt")
+    dearer = {k: ({n: 10 * ms for n, ms in v.items()} if isinstance(v, dict) else v) for k, v in TABLE.items()}
+    others: list[dict[str, Any]] = [
+        {"applied_hardware": dearer},
+        {"applied_hardware": str(TINY)},
+        {"applied_hardware": "this-machine"},
+        {"applied_hardware": None, "cost": "macs"},
+        {"cost": "macs", "ref_latency": {"macs": 1e4, "latency_ms": 2.0}},
+    ]
+    for other in others:
+        with pytest.raises(CheckpointError, match="made with other settings: costs"):
+            trainer(**other).resume(tmp_path / "run.ckpt")
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(TABLE))
+    trainer(applied_hardware=path).resume(tmp_path / "run.ckpt")  # the same table, from a file
+
+
+@pytest.mark.parametrize("hardware", [None, TABLE, str(TINY)])
+def test_every_kind_of_cost_is_named_for_a_checkpoint(hardware: Any) -> None:
+    spec = CostSpec("mine", "numbers").with_rule(nn.Linear, lambda layer: 1)
+    given = {
+        "params": None,
+        "mine": spec,
+        "macs": count_macs(tiny(), (X,)),
+        "peak_memory": count_peak_memory(tiny(), (X,)),
+    }
+    found = CostSources(given, hardware).fingerprint()
+    assert list(found) == [*given, *(["latency_ms"] if hardware is not None else [])]
+    assert found == CostSources(given, hardware).fingerprint()
+    assert json.loads(json.dumps(found)) == found

@@ -65,15 +65,21 @@ def best_under_budget(
         program.at_most(cost, budget[name])
     # The solver accepts what is above a budget by its tolerance. The budget is a promise: such choices are cut off,
     # with all that cost as much. None is the proof that nothing fits: a tolerance lets in, it never keeps out.
-    for _ in range(_MOST_CUTS if len(additive) == len(budget) else _MOST_ROUNDS):
+    only_additive = len(additive) == len(budget)
+    for _ in range(_MOST_CUTS if only_additive else _MOST_ROUNDS):
         choices = program.minimum(score)
         if choices is None:
-            break
+            return _drawn_in(score, costs, budget)
         above = [name for name, limit in budget.items() if costs[name].of(choices) > limit]
         if not above:
             return choices
         program.cut_off(costs[above[0]], budget[above[0]], choices)
-    return _drawn_in(score, costs, budget)
+    if only_additive:
+        return _drawn_in(score, costs, budget)
+    raise UnsupportedModelError(
+        f"budget {dict(budget)}: neither the best architecture nor a proof that there is none was found in "
+        f"{_MOST_ROUNDS} rounds; this happens where very many are just above it. Change the budget a little"
+    )
 
 
 def cost_range(cost: Cost) -> tuple[float, float]:

@@ -28,6 +28,7 @@ def count_peak_memory(model: nn.Module, args: Sequence[Any], *, dtype: torch.dty
     The run is followed operator by operator, in the order of eval mode. A tensor is alive from the operator that
     makes it to the last one that reads it, the inputs from the beginning, the outputs to the end. Views and what is
     computed in place take no memory of their own; weights, and buffers that an operator may use inside, do not count.
+    Attention counts as its separate operators, and not as the fused one of eval mode, which hides what it holds.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))  # 4 -> 8 -> 8 -> 2 numbers
     >>> count_peak_memory(net, (torch.zeros(1, 4),)).of({})  # at the ReLU: (8 + 8) * 4 bytes
@@ -35,6 +36,9 @@ def count_peak_memory(model: nn.Module, args: Sequence[Any], *, dtype: torch.dty
     """
     sizes = {label: len(d.options) for label, d in decisions(model).items() if d.members[0].decided is None}
     return PeakMemory(trace_operators(model, args), sizes, dtype)
+
+
+_MOST_KNOWN = 10_000  # architectures whose peak is kept
 
 
 class _Moment(NamedTuple):
@@ -51,17 +55,20 @@ class PeakMemory:
 
     ``of(choices)``: exact. ``soft(probabilities)``: with the most probable architecture a,
         soft(p) = peak(a) + sum_l sum_o p_l(o) (peak(a with option o for label l) - peak(a)),
-    over the options of a probability above 0. It is the exact peak where every decision is certain, and its gradient
-    is what the peak would change by; in between it is a surrogate, and not an expectation.
+    over the options of a probability above 0. It is the exact peak where every decision is certain, and the gradient
+    by p_l(o) is what the peak would change by with that option; it is a surrogate, and not an expectation.
     """
 
     def __init__(self, program: Program, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
         self.name, self.unit = "peak_memory", "bytes"
-        self.program, self.sizes = program, dict(sizes)
+        self.program, self.sizes, self.dtype = program, dict(sizes), dtype
         self._bytes = [
             math.prod(v.shape) * (dtype if v.dtype.is_floating_point else v.dtype).itemsize for v in program.values
         ]
         self._junctions = {step.output: step for step in program.steps if isinstance(step, Junction)}
+        operators = [step for step in program.steps if isinstance(step, Operator)]
+        self._maker = {value.number: operator for operator in operators for value in operator.outputs}
+        self._position = {id(operator): i for i, operator in enumerate(operators)}
         self._arrays = _Arrays(program, self.sizes, self._bytes)
         self._known: dict[tuple[int, ...], float] = {}
 
@@ -69,12 +76,10 @@ class PeakMemory:
         """The peak of the fixed model of ``choices``."""
         key = tuple(choices[label] for label in self.sizes)
         if key not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
             self._known[key] = self._arrays.peak(choices)
         return self._known[key]
-
-    def forget(self) -> None:
-        """Compute every architecture anew; those that were asked for are kept else."""
-        self._known.clear()
 
     def soft(self, probabilities: Mapping[str, Tensor]) -> Tensor:
         """The surrogate above, a differentiable scalar; ``probabilities[label]``: shape (n,)."""
@@ -100,8 +105,7 @@ class PeakMemory:
         found: list[dict[str, list[int]]] = []
         for moment in self._moments(run):
             if moment.bytes > limit:
-                labels = self._labels(run, moment, limit, readers)
-                cover = {label: [choices[label]] for label in self.sizes if label in labels}
+                cover = self._cover(run, moment, limit, readers, choices)
                 if cover not in found:
                     found.append(cover)
         return found
@@ -122,7 +126,7 @@ class PeakMemory:
 
     def _lives(self, run: Run) -> dict[int, tuple[int, int]]:
         """First and last step of each value that owns memory."""
-        lives = {v.number: (0, 0) for v in self.program.values if v.maker == "input"}
+        lives = {v.number: (0, 0) for v in self.program.values if v.maker == "input" and v.alias_of is None}
         for step, operator in enumerate(run.operators):
             for value in (*operator.inputs, *operator.outputs):
                 root = self._root(run, value.number)
@@ -155,20 +159,84 @@ class PeakMemory:
             found[self._root(run, number)] = (len(run.operators), number)
         return found
 
-    def _labels(self, run: Run, moment: _Moment, limit: float, readers: Mapping[int, tuple[int, int]]) -> set[str]:
+    def _cover(
+        self,
+        run: Run,
+        moment: _Moment,
+        limit: float,
+        readers: Mapping[int, tuple[int, int]],
+        choices: Mapping[str, int],
+    ) -> dict[str, list[int]]:
+        """Labels and options under which at least so much is alive at this moment that it is above the limit."""
         makers = {value.number: o for o in run.operators for value in o.outputs}
-        labels = set(run.operators[moment.step].when) if run.operators else set()
+        # Why each of the largest values is there: the labels of its maker and reader, and of what hands it on.
+        reasons: list[tuple[int, set[str]]] = []
         total = 0.0
         for root in sorted(moment.alive, key=lambda root: -self._bytes[root]):
             if total > limit:
                 break
             total += self._bytes[root]
-            labels |= set(makers[root].when) if root in makers else set()
+            labels = set(makers[root].when) if root in makers else set()
             if root in readers:
                 step, number = readers[root]
                 labels |= set(run.operators[step].when) if step < len(run.operators) else set()
                 labels |= self._handed_on(run, number)
-        return labels
+            reasons.append((root, labels))
+        here = set(run.operators[moment.step].when) if run.operators else set()
+        every = here.union(*(labels for _, labels in reasons))
+        cover = {label: [choices[label]] for label in self.sizes if label in every}
+        for root, labels in reasons:
+            for label in labels - here:
+                if not any(label in other for r, other in reasons if r != root):
+                    cover[label] = self._alike(run, root, label, choices[label], readers, moment)
+        return cover
+
+    def _alike(
+        self,
+        run: Run,
+        root: int,
+        label: str,
+        option: int,
+        readers: Mapping[int, tuple[int, int]],
+        moment: _Moment,
+    ) -> list[int]:
+        """The options of a label that hand on a value of their own, no smaller than ``root``, in its place.
+
+        Only where the label is there for nothing else: its mutable made the value, and hands it on to a reader that
+        does not depend on it.
+        """
+        mine = self._maker.get(root)
+        if mine is None or root not in readers or set(mine.when.get(label, ())) != {option}:
+            return [option]
+        reader, number = readers[root]
+        passed: list[Junction] = []
+        while number != root:
+            if number in run.sources:
+                passed.append(self._junctions[number])
+                number = run.sources[number]
+            else:
+                alias = self.program.values[number].alias_of
+                assert alias is not None  # it lies in the memory of root
+                number = alias
+        at = [junction for junction in passed if junction.label == label]
+        if len(at) != 1 or any(label in junction.when for junction in passed):
+            return [option]
+        if reader < len(run.operators) and label in run.operators[reader].when:
+            return [option]
+        now = self._position[id(run.operators[moment.step])]
+        found = []
+        for other, number in at[0].options.items():
+            while (alias := self.program.values[number].alias_of) is not None:
+                number = alias
+            maker = self._maker.get(number)
+            if other == option or (
+                maker is not None
+                and dict(maker.when) == {**mine.when, label: frozenset({other})}
+                and self._bytes[number] >= self._bytes[root]
+                and self._position[id(maker)] <= now
+            ):
+                found.append(other)
+        return found
 
     def _handed_on(self, run: Run, number: int) -> set[str]:
         """The labels on whose decisions it depends in whose memory a value lies."""
@@ -213,7 +281,9 @@ class _Arrays:
         ]
         self.touching, self.touched = np.array(touched, dtype=np.intp).reshape(-1, 2).T
         self.outputs = np.array([base[number] for number in program.outputs], dtype=np.intp)
-        self.inputs = np.array([v.number for v in program.values if v.maker == "input"], dtype=np.intp)
+        self.inputs = np.array(
+            [v.number for v in program.values if v.maker == "input" and v.alias_of is None], dtype=np.intp
+        )
         self.bytes = np.array([0 if v.maker == "constant" else sizes_in_bytes[v.number] for v in program.values], float)
         self.allowed = {
             label: [np.array([option in dict(key).get(label, (option,)) for key in conditions]) for option in range(n)]

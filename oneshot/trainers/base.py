@@ -122,6 +122,7 @@ class Trainer(ABC):
         self.history: list[dict[str, Any]] = []
         self.split: Split | None = None
         self.costs = costs
+        costs.check_for(model)
         self._meters = Meters()
         self._argmax = argmax_choices(model)
         self._costs: dict[str, Cost] = {}
@@ -202,11 +203,11 @@ class Trainer(ABC):
         """The found architecture as a plain network with the trained weights, compared with the searched one."""
         return verified_fixed(self.model, self._decide(budget), self._examples())
 
-    def report(self, *, budget: Mapping[str, float] | None = None, threads: int = 1) -> SearchReport:
+    def report(self, *, budget: Mapping[str, float] | None = None) -> SearchReport:
         """The found network's costs: target, prediction and, for a latency of this machine, a measurement.
 
         ``budget`` as in ``export``; without one, targets are what the costs were compared with in the search. The
-        rebuilt network is timed on the CPU by the runtime the latency was measured on, with ``threads`` threads.
+        rebuilt network is timed on the CPU, by the runtime and with the threads that the latency was measured with.
         """
         choices = self._decide(budget)
         plain = verified_fixed(self.model, choices, self._examples())
@@ -215,7 +216,8 @@ class Trainer(ABC):
         for name in dict.fromkeys(("params", *self.costs.names, *targets)):
             cost, timing = self.cost_model(name), None
             if name == "latency_ms" and self.costs.runtime is not None:
-                timing = time_module(plain.cpu(), (self._dummy().cpu(),), runtime=self.costs.runtime, threads=threads)
+                runtime, threads = self.costs.runtime
+                timing = time_module(plain.cpu(), (self._dummy().cpu(),), runtime=runtime, threads=threads)
             rows.append(ReportRow(name, cost.unit, targets.get(name), cost.of(choices), timing))
         return SearchReport(arch_of(self.model, choices), tuple(rows), self.costs.notes())
 
@@ -268,7 +270,7 @@ class Trainer(ABC):
         self._meters.load_state_dict(state["meters"])
         self.step, self.arch_batches = state["step"], state["arch_batches"]
         self.history, self._argmax = list(state["history"]), dict(state["argmax"])
-        if state["latency_table"] is not None:
+        if state["latency_table"] is not None and self.costs.measures:
             self.costs.table = LatencyTable(**state["latency_table"])
             self._costs.clear()
         self._scheduler_state, self._global_state = state["scheduler"], state["global"]
@@ -579,6 +581,7 @@ class Trainer(ABC):
             "warmup_epochs": self.warmup_epochs,
             "world_size": self.fabric.world_size,
             "optimizer": type(self.optimizer).__name__,
+            "costs": self.costs.fingerprint(),
             "parameters per group": [len(group["params"]) for group in self.optimizer.param_groups],
         }
 

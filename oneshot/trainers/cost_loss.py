@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import final
 
@@ -40,11 +41,15 @@ class CostLoss:
         references: float | Mapping[str, float] | None,
         units: Mapping[str, str],
     ) -> None:
+        if kind is not None and kind not in _REQUIRED:
+            raise ConfigurationError(f"grad_reg_loss_type={kind!r}: allowed are {[*_REQUIRED, None]}")
+        if params is not None and not isinstance(params, Mapping):
+            raise ConfigurationError(f"grad_reg_loss_params={params!r}: a mapping is needed, such as {{'lambda': 0.1}}")
         self.kind, self.params, self.units = kind, dict(params or {}), dict(units)
         self.references: dict[str, float] = {}
         if not units:
             return
-        self._check_kind()
+        self._check_params()
         if references is not None:
             given = references if isinstance(references, Mapping) else self._one(references)
             self.refer_to(given)
@@ -55,6 +60,7 @@ class CostLoss:
                 f"ref_latency={dict(references)}: the costs of this run are {list(self.units)}, one reference each"
             )
         for name, reference in references.items():
+            _check_number(f"ref_latency of {name!r}", reference)
             # Without a regularizer, it is shown and judges nothing.
             low = {"mul#log": 1, "add#linear": 0}.get(self.kind or "")
             if low is not None and not reference > low:
@@ -81,6 +87,7 @@ class CostLoss:
         return float(value[name] if isinstance(value, Mapping) else value)
 
     def _one(self, reference: float) -> dict[str, float]:
+        _check_number("ref_latency", reference)
         if len(self.units) > 1:
             raise ConfigurationError(
                 f"ref_latency={reference}: this run has the costs {list(self.units)}; give a mapping with a reference "
@@ -94,11 +101,13 @@ class CostLoss:
             )
         return {name: reference}
 
-    def _check_kind(self) -> None:
+    def _check_params(self) -> None:
         if self.kind is None:
             return
-        if self.kind not in _REQUIRED:
-            raise ConfigurationError(f"grad_reg_loss_type={self.kind!r}: allowed are {[*_REQUIRED, None]}")
+        known = [key for keys in _REQUIRED.values() for key in keys]  # those of the other kind are left alone
+        unknown = [key for key in self.params if key not in known]
+        if unknown:
+            raise ConfigurationError(f"grad_reg_loss_params={self.params}: {unknown} are not among {known}")
         missing = [key for key in _REQUIRED[self.kind] if key not in self.params]
         if missing:
             raise ConfigurationError(
@@ -111,3 +120,10 @@ class CostLoss:
                     f"grad_reg_loss_params[{key!r}]={dict(value)}: a number is needed, or, for lambda and beta, one "
                     f"for each of {list(self.units)}"
                 )
+            for number in value.values() if isinstance(value, Mapping) else [value]:
+                _check_number(f"grad_reg_loss_params[{key!r}]", number)
+
+
+def _check_number(what: str, number: object) -> None:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise ConfigurationError(f"{what}={number!r}: a finite number is needed")

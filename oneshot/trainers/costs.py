@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, final
 
 from torch import nn
@@ -21,9 +25,10 @@ from ..cost import (
     latency_on,
 )
 from ..cost.hardware import RUNTIMES, Hardware, check_latency_source, is_predicted
-from ..cost.nn_meter import NNMeterLatency
+from ..cost.nn_meter import NNMeterLatency, PredictorSet, check_missing
 from ..cost.runtimes import runtime_facts
 from ..errors import ConfigurationError
+from ..mutables import decisions
 
 __all__ = ["CostSources"]
 
@@ -43,7 +48,7 @@ class CostSources:
         hardware: Hardware | None,
         missing: Mapping[str, float] | None = None,
     ) -> None:
-        self.missing = missing
+        self.missing = None if missing is None else check_missing(missing)
         self.table: LatencyTable | None = None
         self.predicted: NNMeterLatency | None = None
         self.sources = _sources(cost)
@@ -59,22 +64,42 @@ class CostSources:
                 "give their name or folder as applied_hardware"
             )
 
+    def check_for(self, model: nn.Module) -> None:
+        """ConfigurationError for a cost that was counted for another network."""
+        sizes = {label: len(d.options) for label, d in decisions(model).items() if d.members[0].decided is None}
+        for name, source in self.sources.items():
+            if isinstance(source, CostModel | PeakMemory) and source.sizes != sizes:
+                raise ConfigurationError(
+                    f"cost {name!r} has decisions {source.sizes} (label: number of options), the model {sizes}. Count "
+                    "the cost of this model"
+                )
+
+    def fingerprint(self) -> dict[str, str]:
+        """What each cost is, as text: a run is taken up again with the same costs only."""
+        return {name: _fingerprint(source) for name, source in self.sources.items()}
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.sources)
 
     @property
-    def runtime(self) -> str | None:
-        """The runtime of this machine that the latency is for, if it is."""
+    def measures(self) -> bool:
+        """Whether this run measures its latency itself."""
+        source = self.sources.get(_LATENCY)
+        return isinstance(source, str) and source in RUNTIMES
+
+    @property
+    def runtime(self) -> tuple[str, int] | None:
+        """The runtime of this machine, with its threads, that the latency is for, if it is."""
         source = self.sources.get(_LATENCY)
         if isinstance(source, str) and source in RUNTIMES:
-            return RUNTIMES[source]
+            return RUNTIMES[source], 1
         if self.table is None or not self.table.runtime.get("threads", "").isdecimal():
             return None
         threads = int(self.table.runtime["threads"])
         kind = self.table.runtime.get("runtime", "").split(" ")[0]
         here = kind in RUNTIMES.values() and runtime_facts(kind, threads) == dict(self.table.runtime)
-        return kind if here else None
+        return (kind, threads) if here else None
 
     def facts(self) -> dict[str, Any]:
         """Where a latency comes from, JSON-ready, for the exported file."""
@@ -127,7 +152,11 @@ class CostSources:
     def _checked(self, name: str, source: Any) -> Any:
         """A source that can be used; what is wrong with another one is said now, and not after hours."""
         if isinstance(source, CostModel | PeakMemory | CostSpec):
+            if name in (*COUNTED, "peak_memory", _LATENCY) and source.name != name:
+                raise ConfigurationError(f"cost {name!r}: it is given as {source.name!r}; call it by another name")
             return source
+        if name == _LATENCY and source is None:
+            raise ConfigurationError(f"cost {_LATENCY!r}: say of what hardware, applied_hardware=...")
         if name == _LATENCY:
             self.table = check_latency_source(source)
             return source
@@ -147,4 +176,38 @@ def _sources(cost: str | Sequence[str] | Cost | CostSpec | Mapping[str, Any] | N
         return {cost.name: cost}
     if isinstance(cost, Mapping):
         return dict(cost)
-    return dict.fromkeys([cost] if isinstance(cost, str) else cost)
+    if not isinstance(cost, str | Sequence):
+        raise ConfigurationError(
+            f"cost={cost!r}: a name, a CostSpec, CostModel or PeakMemory, several of them, or name -> one of them"
+        )
+    several = [cost] if isinstance(cost, str) else cost
+    return {c.name if isinstance(c, CostModel | PeakMemory | CostSpec) else c: _named_source(c) for c in several}
+
+
+def _named_source(cost: Any) -> Any:
+    return cost if isinstance(cost, CostModel | PeakMemory | CostSpec) else None
+
+
+def _fingerprint(source: Any) -> str:
+    if isinstance(source, CostModel):
+        return _digest([source.name, source.fixed, source.table, [(t.value, _plain(t.when)) for t in source.products]])
+    if isinstance(source, CostSpec):
+        return f"{source.name}: {', '.join(sorted(map(str, source.rules)))}"
+    if isinstance(source, PredictorSet):
+        return f"predictors {source.name} {source.version}, {source.source}"
+    if isinstance(source, str | os.PathLike) and (source in RUNTIMES or is_predicted(source)):
+        return str(source)
+    if isinstance(source, str) and source in (*COUNTED, "peak_memory"):
+        return source
+    if isinstance(source, PeakMemory):
+        return _digest([source.name, str(source.dtype), source.sizes])
+    table = asdict(source if isinstance(source, LatencyTable) else LatencyTable.read(source))
+    return _digest({key: value for key, value in table.items() if key != "source"})
+
+
+def _plain(when: Mapping[str, frozenset[int]]) -> dict[str, list[int]]:
+    return {label: sorted(options) for label, options in when.items()}
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

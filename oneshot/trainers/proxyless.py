@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ..cost import Cost, CostSpec
-from ..cost.hardware import RUNTIMES, Hardware
+from ..cost.hardware import Hardware
 from ..errors import ConfigurationError
 from ..mutables import BinaryGates
 from .base import SchedulerFactory, Trainer
@@ -161,6 +161,8 @@ class ProxylessTrainer(Trainer):
         self.gates, self.rescale = BinaryGates(paths), rescale
         if normalize and ref_latency != DEFAULT_REFERENCE:
             raise ConfigurationError(f"normalize=True and ref_latency={ref_latency}: give one of them")
+        if ref_latency is None and self.costs.names:
+            raise ConfigurationError("ref_latency=None: a finite number is needed, or normalize=True")
         self.normalize = normalize
         units = {name: self.costs.unit(name) for name in self.costs.names}
         references = None if normalize else ref_latency
@@ -220,8 +222,7 @@ class ProxylessTrainer(Trainer):
         at_start = {name: self.cost_model(name).soft(uniform) for name in self.costs.names}
         if self.normalize:
             self.cost_loss.refer_to({name: float(cost) for name, cost in at_start.items()})
-        hardware = self.costs.sources.get("latency_ms")
-        measured = isinstance(hardware, str) and hardware in RUNTIMES and self.fabric.is_global_zero
+        measured = self.costs.measures and self.fabric.is_global_zero
         if measured and self.checkpoint_dir is not None and self.latency_table is not None:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             self.latency_table.write(self.checkpoint_dir / "latency_table.yaml")

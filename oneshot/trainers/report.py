@@ -23,7 +23,9 @@ class ReportRow(NamedTuple):
     @property
     def error(self) -> float | None:
         """(predicted - measured median) / measured median."""
-        return None if self.measured is None else self.predicted / self.measured.median_ms - 1
+        if self.measured is None or not self.measured.median_ms > 0:
+            return None
+        return self.predicted / self.measured.median_ms - 1
 
 
 @final
@@ -57,4 +59,4 @@ class SearchReport:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:.0f}" if abs(value) < 1e15 and value == int(value) else f"{value:.4g}"

@@ -2,6 +2,7 @@
 
 from .forest import Forest as Forest
 from .latency import NNMeterLatency as NNMeterLatency
+from .latency import check_missing as check_missing
 from .latency import nn_meter_graph as nn_meter_graph
 from .latency import nn_meter_latency as nn_meter_latency
 from .package import nn_meter_package as nn_meter_package

@@ -185,6 +185,7 @@ def _check_width(predictors: PredictorSet, name: str, questions: Sequence[tuple[
 
 
 def check_missing(missing: Mapping[str, float]) -> dict[str, float]:
+    """ConfigurationError for what is not kernel -> milliseconds."""
     for name, ms in missing.items():
         if isinstance(ms, bool) or not isinstance(ms, int | float) or not 0 <= ms < math.inf:
             raise ConfigurationError(f"missing={{{name!r}: {ms!r}}}: a finite number of milliseconds >= 0 is needed")
