@@ -409,7 +409,7 @@ def test_output_is_the_report(form: str, net: str, tmp_path: Path, capsys: pytes
     assert main([*argv, "--output", str(path)]) == 0
     assert (capsys.readouterr().out, path.read_text()) == ("", expected)
     assert "no folder" in refusal(capsys, *argv[1:], "--output", tmp_path / "none" / "report")
-    assert "cannot be written" in refusal(capsys, *argv[1:], "--output", tmp_path)
+    assert "it is no file" in refusal(capsys, *argv[1:], "--output", tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith((".", "r"))) == ["report"]
 
 

@@ -756,3 +756,92 @@ def test_costs_by_name() -> None:
         assert (cost.name, cost.of({})) == (name, value)
     with pytest.raises(ConfigurationError, match=f"cost 'flops': allowed are .*{', '.join(map(repr, sorted(costs)))}"):
         counted_cost("flops", model, (x,))
+
+
+# --- what a rule of a base class does not know ------------------------------------------------------------------
+
+
+class AdaptiveNorm(nn.LayerNorm):
+    """A normalisation whose scale and shift come from a linear layer of its own: 8 * 16 products a position."""
+
+    def __init__(self) -> None:
+        super().__init__(8, elementwise_affine=False)
+        self.modulation = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.modulation(x).chunk(2, -1)
+        return super().forward(x) * scale + shift
+
+
+class LowRank(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.down, self.up = nn.Parameter(torch.ones(2, 8)), nn.Parameter(torch.ones(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class Quiet(nn.Conv2d):
+    """A subclass that adds nothing with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+@pytest.mark.parametrize(("layer", "added"), [(AdaptiveNorm(), "modulation"), (LowRank(), "down")])
+def test_a_subclass_that_adds_weights_needs_a_rule(layer: nn.Module, added: str) -> None:
+    x = torch.rand(1, 8)
+    for spec in (MACS, OPS, PARAMS_NO_NORM):
+        with pytest.raises(UnknownCostError, match=rf"0 is a {type(layer).__name__} with \['{added}'"):
+            count(nn.Sequential(layer), (x,), spec)
+    own = MACS.with_rule(type(layer), lambda layer: 128)
+    assert count(nn.Sequential(layer), (x,), own).of({}) == 128
+    assert count_macs(nn.Sequential(Quiet()), (torch.rand(1, 3, 5, 5),)).of({}) == 9 * 4 * 27
+    weighted = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
+    assert count_macs(nn.Sequential(weighted), (x,)).of({}) == 32
+
+
+def test_one_number_beside_a_batch() -> None:
+    class Stepped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.layer(x) * t
+
+    for t in (torch.rand(1), torch.tensor(1.0), torch.rand(8, 1)):
+        assert count_macs(Stepped(), (t, torch.rand(8, 5))).of({}) == 20
+    for dim in (7, -1, "0", True):
+        with pytest.raises(ConfigurationError, match="batch_dim="):
+            count_macs(nn.Linear(5, 4), (torch.rand(8, 5),), batch_dim=dim)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ignore", ["head.*", nn.Linear, (nn.Linear(1, 1),)])
+def test_ignore_is_a_list_of_types_and_patterns(ignore: Any) -> None:
+    with pytest.raises(ConfigurationError, match="a list of layer types and patterns is needed"):
+        count_macs(nn.Linear(5, 4), (torch.rand(8, 5),), ignore=ignore)
+
+
+def test_searchable_is_what_some_architectures_do_without() -> None:
+    """Four layers of 16 MACs, two of which are always there."""
+    model = Repeat(lambda i: nn.Linear(4, 4), depth=(2, 4), label="d")
+    assert count(model, (torch.rand(1, 4),), MACS, "searchable").table == {"d": [0, 16, 32]}
+
+
+def test_a_profiled_region_is_no_operator() -> None:
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.profiler.record_function("layer"):
+                return self.layer(x)
+
+    assert count_macs(Marked(), (torch.rand(1, 5),)).of({}) == 20

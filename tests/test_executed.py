@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any
 
 import pytest
@@ -58,10 +59,10 @@ def test_every_kind_of_argument_is_shown() -> None:
 
     lines = executed_operators(run, (torch.rand(2, 3),), {"scale": 0.5, "rest": {"a": [1, None], "b": {3}}})
     assert lines == [
-        "input(float32[2, 3], scale=0.5, rest={a: [1, None], b: set()})",
-        "aten.cat.default([float32[2, 3], float32[2, 3]], 1)",
-        "aten._to_copy.default(float32[2, 6], dtype=torch.float64)",
-        "aten.mul.Tensor(float64[2, 6], 0.5)",
+        "input(%0 float32[2, 3] (3, 1), scale=0.5, rest={a: [1, None], b: set()})",
+        "aten.cat.default([%0 float32[2, 3] (3, 1), %0 float32[2, 3] (3, 1)], 1) -> %1 float32[2, 6] (6, 1)",
+        "aten._to_copy.default(%1 float32[2, 6] (6, 1), dtype=torch.float64) -> %2 float64[2, 6] (6, 1)",
+        "aten.mul.Tensor(%2 float64[2, 6] (6, 1), 0.5) -> %3 float64[2, 6] (6, 1)",
     ]
 
 
@@ -73,8 +74,41 @@ def test_nothing_of_one_process_is_in_the_text() -> None:
 
     lines = executed_operators(run, (torch.rand(2), object()))
     assert lines == [
-        "input(float32[2], object())",
-        "aten.clone.default(float32[2])",
-        "aten.uniform_.default(float32[2], generator=Generator())",
+        "input(%0 float32[2] (1,), object())",
+        "aten.clone.default(%0 float32[2] (1,)) -> %1 float32[2] (1,)",
+        "aten.uniform_.default(%1 float32[2] (1,), generator=Generator()) -> %1 float32[2] (1,)",
     ]
     assert operators_key(["a", "b"]) == hashlib.sha256(b"a\nb").hexdigest()
+
+
+class Ways(nn.Module):
+    """The same operators on the same shapes, of which a graph runtime computes one, or both."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.a, self.c, self.used = nn.Linear(3, 3), nn.Linear(3, 3), used
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x)
+        return self.c(first if self.used else x)
+
+
+def test_what_goes_where_and_how_it_lies_make_a_difference() -> None:
+    x = torch.rand(2, 3)
+    used, unused = (operators_key(executed_operators(Ways(used), (x,))) for used in (True, False))
+    assert used != unused
+    assert used == operators_key(executed_operators(Ways(True), (x,)))
+    depthwise = nn.Conv2d(4, 4, 3, groups=4)
+    rows = operators_key(executed_operators(depthwise, (torch.rand(1, 4, 8, 8),)))
+    # As channels_last has it; where a dimension is 1, is_contiguous() is true of both.
+    depthwise.weight.data = torch.empty_strided((4, 1, 3, 3), (9, 1, 3, 1)).copy_(depthwise.weight.data)
+    assert depthwise.weight.is_contiguous()
+    assert rows != operators_key(executed_operators(depthwise, (torch.rand(1, 4, 8, 8),)))
+
+
+def test_sparse_weights_have_a_layout_and_no_strides() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's sparse CSR is in beta
+        weight = torch.eye(3).to_sparse_csr()
+        lines = executed_operators(lambda x: weight @ x, (torch.rand(3, 2),))
+    assert any("torch.sparse_csr" in line for line in lines)

@@ -24,6 +24,7 @@ from oneshot.cost import (
     latency_on,
 )
 from oneshot.cost.nn_meter import load_predictor_set, nn_meter_latency
+from oneshot.cost.runtimes import runtime_facts
 from oneshot.errors import CheckpointError, ConfigurationError, UnknownCostError
 from oneshot.trainers import base
 from oneshot.trainers.cost_loss import CostLoss
@@ -201,7 +202,8 @@ def test_report_prints_target_prediction_and_measurement(monkeypatch: pytest.Mon
 
     def measured(model: nn.Module, example_input: Any, *, runtime: str) -> LatencyTable:
         places = {"one": TABLE["one"], "two": TABLE["two"], "deep": TABLE["depth"]}
-        return LatencyTable(by_place=places, fixed=0.25, source=runtime)  # type: ignore[arg-type]
+        facts = runtime_facts(runtime, 1)
+        return LatencyTable(by_place=places, fixed=0.25, source=runtime, runtime=facts)  # type: ignore[arg-type]
 
     monkeypatch.setattr(base, "time_module", timed)
     monkeypatch.setattr(base, "measure_table", measured)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
@@ -94,16 +95,26 @@ def _cost(arguments: argparse.Namespace) -> None:
     names = cost_names(arguments.cost, arguments.hardware)
     inputs = [sizes_of(part) for text in arguments.input for part in text.split(";")]
     missing = missing_kernels(arguments.missing)
+    # Before anything is counted or measured, and before the user's modules may change the folder.
+    output = None if arguments.output is None else _checked_output(Path(arguments.output).absolute())
     if missing and "latency" not in names:
         raise ConfigurationError("--missing is for nn-Meter's predictors: say which, --hardware NAME-OR-FOLDER")
     # What the user's modules print is not part of the report.
     with redirect_stdout(sys.stderr), made(arguments.model) as model:
         report = report_of(model, arguments, names, inputs, missing)
     text = json.dumps(as_json(report), indent=2, allow_nan=False) if arguments.format == "json" else as_text(report)
-    _write(f"{text}\n", arguments.output)
+    _write(f"{text}\n", output)
 
 
-def _write(text: str, output: str | None) -> None:
+def _checked_output(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"--output {path}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"--output {path}: it is no file; a report replaces what stands there")
+    return path
+
+
+def _write(text: str, output: Path | None) -> None:
     if output is not None:
         try:
             atomic_write(output, lambda file: file.write(text.encode()))

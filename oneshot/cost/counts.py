@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigurationError, UnknownCostError, UnsupportedModelError
-from ..graph import Call, Operation, parameter_conditions, trace_operations, undecided_inside
-from ..mutables import Mutable
+from ..graph import Call, Condition, Operation, parameter_conditions, trace_operations, undecided_inside
+from ..mutables import Mutable, decisions
 from .model import CostModel, Term, terms_of_any
 from .spec import OPERATORS, CostSpec, Formula, LayerSpec, Rule, operator_spec, read_layer
 
@@ -211,6 +211,8 @@ def count(
     """
     if scope not in ("all", "searchable"):
         raise ConfigurationError(f"count(scope={scope!r}): 'all' or 'searchable'")
+    if isinstance(ignore, str | type) or not all(isinstance(entry, str | type) for entry in ignore):
+        raise ConfigurationError(f"count(ignore={ignore!r}): a list of layer types and patterns is needed")
     counter = _Counter(model, spec, ignore)
     with _plain_operators():
         calls, operations = trace_operations(
@@ -221,7 +223,9 @@ def count(
         terms += [counter.of_operation(operation) for operation in operations]
     else:
         terms = counter.once(calls)
-    return CostModel(spec.name, spec.unit, [term for term in terms if scope == "all" or term.when], model)
+    return CostModel(
+        spec.name, spec.unit, [term for term in terms if scope == "all" or _varies(term.when, model)], model
+    )
 
 
 COUNTED = {
@@ -253,6 +257,12 @@ def counted_cost(name: str, model: nn.Module, args: Sequence[Any]) -> CostModel:
     return count(model, args, specs[name])
 
 
+def _varies(when: Condition, model: nn.Module) -> bool:
+    """Whether there are architectures for which a condition does not hold."""
+    known = decisions(model)
+    return any(len(options) < len(known[label].options) for label, options in when.items())
+
+
 def _parameter_terms(model: nn.Module, size: Callable[[Tensor], float]) -> list[Term]:
     owners = {id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()}
     return [
@@ -270,7 +280,9 @@ _UNCOUNTED = re.compile(
     r"|.*(rnn|lstm|convolution|conv\dd|depthwise|conv_tbc|attention|mkldnn_linear|transformer_encoder).*)"
 )
 _ELEMENTWISE = ("aten::linalg_vector_norm", "aten::linalg_cross", "aten::_linalg_check_errors")
-_OF_TORCH = ("aten::", "prim::", "prims::")
+_OF_TORCH = ("aten::", "prim::", "prims::", "profiler::")
+# The names that parameters of torch's own layers have; weight_g, weight_v and weight_orig are those of its utilities.
+_OF_LAYERS = re.compile(r"(weight|bias)(_.*)?|(in|[qkv])_proj_(weight|bias)|bias_[kv]")
 
 
 class _Counter:
@@ -298,7 +310,8 @@ class _Counter:
         multiplies = operator.rstrip("_") in OPERATORS or (
             _UNCOUNTED.fullmatch(operator) is not None and operator not in _ELEMENTWISE
         )
-        return (multiplies or not operator.startswith(_OF_TORCH)) and not self._named(operator)
+        ignored = any("::" in pattern and fnmatchcase(operator, pattern) for pattern in self.patterns)
+        return (multiplies or not operator.startswith(_OF_TORCH)) and not ignored
 
     def of_call(self, call: Call) -> list[Term]:
         if id(call.module) in self.ignored:
@@ -381,7 +394,31 @@ class _Counter:
                 f"{name}, which a rule counts as a whole, and holds {inner}, whose candidates it cannot tell apart. "
                 "Move the choice out of it, or leave its type out of the rules"
             )
+        added = _added(module, self.spec)
+        if added:
+            raise UnknownCostError(
+                f"{name} with {added} besides what its base class has, which the rule of that does not count. "
+                f"Give it a rule of its own, spec.with_rule({type(module).__name__}, formula)"
+            )
         return float(formula(layer))
+
+
+def _added(module: nn.Module, spec: CostSpec) -> list[str]:
+    """What the user's subclass of a torch layer holds besides the layer, and the rule of the layer cannot know."""
+    bases = type(module).__mro__
+    rule = next((i for i, cls in enumerate(bases) if any(r.layer_type is cls for r in spec.rules)), 0)
+    of_torch = next((i for i, cls in enumerate(bases) if cls.__module__.startswith("torch.")), len(bases))
+    if rule < of_torch:
+        return []
+    parameters = [name for name, p in module._parameters.items() if p is not None and not _OF_LAYERS.match(name)]
+    children = [
+        name
+        for name, child in module._modules.items()
+        if child is not None
+        and name not in ("out_proj", "parametrizations")
+        and next(child.parameters(), None) is not None
+    ]
+    return parameters + children
 
 
 def _has_own_parameters(module: nn.Module) -> bool:
@@ -395,9 +432,18 @@ def _has_own_parameters(module: nn.Module) -> bool:
 def _one_sample(model: nn.Module, args: Sequence[Any], dim: int | None) -> list[Any]:
     """The first sample of a batch. What depends on the batch, and what does not, is then due as for one sample."""
     tensors = [leaf for leaf in pytree.tree_leaves(list(args)) if isinstance(leaf, Tensor)]
-    if dim is None or not tensors or tensors[0].dim() <= dim or tensors[0].shape[dim] <= 1:
+    if dim is None or not tensors:
         return list(args)
-    size = tensors[0].shape[dim]
+    if (
+        isinstance(dim, bool)
+        or not isinstance(dim, int)
+        or not 0 <= dim < max(1, *(tensor.dim() for tensor in tensors))
+    ):
+        raise ConfigurationError(f"count(batch_dim={dim!r}): a dimension of the inputs, or None, is needed")
+    # A time step or a temperature beside the images is one number for all of them.
+    size = next((tensor.shape[dim] for tensor in tensors if tensor.dim() > dim and tensor.shape[dim] > 1), 1)
+    if size == 1:
+        return list(args)
     steps_first = next((m for m in model.modules() if getattr(m, "batch_first", True) is False), None)
     if dim == 0 and steps_first is not None:
         raise UnsupportedModelError(

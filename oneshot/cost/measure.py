@@ -50,6 +50,8 @@ def measure_table(
 ) -> LatencyTable:
     """Time every candidate of every choice of a search model on the CPU.
 
+    What an ``InputChoice`` adds, averages or concatenates is not priced, only what its inputs come from.
+
     Args:
         model: with choices; on the CPU. A candidate that holds choices itself is priced without them, and a choice
             that is called several times has the mean of its calls.

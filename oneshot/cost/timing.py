@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar, final
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..graph import evaluated
@@ -94,7 +94,7 @@ def _disturbance(repetition: Repetition, fastest_probe: float) -> float:
 
 def time_module(
     module: Callable[..., Any],
-    args: Sequence[Any],
+    args: Tensor | Sequence[Any],
     *,
     runtime: str = "torch",
     threads: int = 1,
@@ -111,7 +111,7 @@ def time_module(
 
 def time_modules(
     modules: Sequence[Callable[..., Any]],
-    args: Sequence[Any],
+    args: Tensor | Sequence[Any],
     *,
     runtime: str = "torch",
     threads: int = 1,
@@ -136,8 +136,11 @@ def time_modules(
     return [timings[i] for i in found]
 
 
-def _preparing(module: Callable[..., Any], args: Sequence[Any], runtime: str, threads: int) -> Callable[[], Run]:
-    return lambda: prepared(module, args, {}, runtime=runtime, threads=threads)
+def _preparing(
+    module: Callable[..., Any], args: Tensor | Sequence[Any], runtime: str, threads: int
+) -> Callable[[], Run]:
+    given = (args,) if isinstance(args, Tensor) else args
+    return lambda: prepared(module, given, {}, runtime=runtime, threads=threads)
 
 
 def check_timing(runtime: str, threads: int, rounds: int, min_run_time: float) -> None:
@@ -247,6 +250,10 @@ def measuring(threads: int) -> Iterator[None]:
     before, collecting = torch.get_num_threads(), gc.isenabled()
     torch.set_num_threads(threads)
     gc.disable()
+    # Until a large block has been freed, the C library hands back every large tensor to the system, and a run that
+    # makes one takes several times longer than in a process that has worked for a while.
+    block = torch.zeros(7_500_000)  # 30 MB: just below the largest block that this depends on
+    del block
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _pinned(threads):
             yield

@@ -61,11 +61,13 @@ class TimingCache:
     def rounds(self, key: str, min_run_time: float) -> list[Round]:
         """The rounds of a measurement that took at least ``min_run_time`` seconds each."""
         path = self._path(key)
-        if path is None or not path.exists():
+        if path is None:
             return []
         try:
+            if not path.exists():
+                return []
             return _rounds(json.loads(path.read_text(encoding="utf-8")), min_run_time)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, ArithmeticError, TypeError, KeyError, RecursionError) as error:
             warnings.warn(f"{path} is damaged ({error}): it is ignored and will be written anew", stacklevel=2)
             return []
 

@@ -52,12 +52,19 @@ class CostSources:
         self.table: LatencyTable | None = None
         self.predicted: NNMeterLatency | None = None
         self.sources = _sources(cost)
-        if hardware == "flops":
+        if hardware is not None and self.sources.get(_LATENCY, ...) is None:
+            del self.sources[_LATENCY]  # by name only: what it is, applied_hardware says
+        if hardware == "flops" and self.sources.get("macs", ...) is not None:
             self._add("macs", "macs", "applied_hardware='flops'")
         elif hardware is not None:
             self._add(_LATENCY, hardware, "applied_hardware")
         for name, source in self.sources.items():
             self.sources[name] = self._checked(name, source)
+        # Now, and of the table that was read: the file may be gone or another one later.
+        self._fingerprint = {
+            name: _fingerprint(self.table if name == _LATENCY and self.table is not None else source)
+            for name, source in self.sources.items()
+        }
         if missing is not None and not is_predicted(self.sources.get(_LATENCY, {})):
             raise ConfigurationError(
                 f"missing={dict(missing)}: it is for kernels that predictors of nn-Meter lack, and this run has none; "
@@ -76,7 +83,7 @@ class CostSources:
 
     def fingerprint(self) -> dict[str, str]:
         """What each cost is, as text: a run is taken up again with the same costs only."""
-        return {name: _fingerprint(source) for name, source in self.sources.items()}
+        return dict(self._fingerprint)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,13 +99,18 @@ class CostSources:
     def runtime(self) -> tuple[str, int] | None:
         """The runtime of this machine, with its threads, that the latency is for, if it is."""
         source = self.sources.get(_LATENCY)
-        if isinstance(source, str) and source in RUNTIMES:
+        if self.table is None and isinstance(source, str) and source in RUNTIMES:
             return RUNTIMES[source], 1
         if self.table is None or not self.table.runtime.get("threads", "").isdecimal():
             return None
         threads = int(self.table.runtime["threads"])
         kind = self.table.runtime.get("runtime", "").split(" ")[0]
-        here = kind in RUNTIMES.values() and runtime_facts(kind, threads) == dict(self.table.runtime)
+        if kind not in RUNTIMES.values():
+            return None
+        try:
+            here = runtime_facts(kind, threads) == dict(self.table.runtime)
+        except ConfigurationError:  # that runtime is not installed
+            return None
         return (kind, threads) if here else None
 
     def facts(self) -> dict[str, Any]:
@@ -180,7 +192,10 @@ def _sources(cost: str | Sequence[str] | Cost | CostSpec | Mapping[str, Any] | N
         raise ConfigurationError(
             f"cost={cost!r}: a name, a CostSpec, CostModel or PeakMemory, several of them, or name -> one of them"
         )
-    several = [cost] if isinstance(cost, str) else cost
+    several = [cost] if isinstance(cost, str) else list(cost)
+    names = [c.name if isinstance(c, CostModel | PeakMemory | CostSpec) else c for c in several]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"cost: {names} has a name twice")
     return {c.name if isinstance(c, CostModel | PeakMemory | CostSpec) else c: _named_source(c) for c in several}
 
 
