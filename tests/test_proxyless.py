@@ -309,7 +309,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "above 1, because of its logarithm",
     ),
     ({"cost": "watts"}, "'watts'.* allowed are the names .*'macs', .*'peak_memory'"),
-    ({"applied_hardware": "flops"}, "cost= already says what 'macs' is"),
+    ({"cost": {"macs": MACS}, "applied_hardware": "flops"}, "cost= already says what 'macs' is"),
     ({"applied_hardware": "this-machine"}, "give a mapping with a reference each, or normalize=True"),
     ({"cost": ["macs", "params"], "ref_latency": {"macs": 1e4}}, r"the costs of this run are \['macs', 'params'\]"),
     ({"cost": {"macs": "params"}}, "cost 'macs': 'params'; allowed are"),

@@ -240,7 +240,8 @@ def test_sources_of_every_kind_and_their_units() -> None:
         ("peak_memory", "bytes"),
         ("latency_ms", "ms"),
     ]
-    assert CostSources(None, "flops").names == ("macs",)
+    assert CostSources(None, "flops").names == CostSources("macs", "flops").names == ("macs",)
+    assert CostSources("latency_ms", TABLE).names == ("latency_ms",)
     with pytest.raises(ConfigurationError, match="applied_hardware: cost= already says what 'latency_ms' is"):
         CostSources({"latency_ms": predictors}, TABLE)
     assert latency_on(TABLE, tiny(), (X,))[0].of({"one": 0, "two": 1, "depth": 0}) == 0.25 + 1 + 2 + 0.5

@@ -54,8 +54,9 @@ class CostSources:
         self.sources = _sources(cost)
         if hardware is not None and self.sources.get(_LATENCY, ...) is None:
             del self.sources[_LATENCY]  # by name only: what it is, applied_hardware says
-        if hardware == "flops" and self.sources.get("macs", ...) is not None:
-            self._add("macs", "macs", "applied_hardware='flops'")
+        if hardware == "flops":
+            if self.sources.get("macs", ...) is not None:  # None: by name only, which is the same
+                self._add("macs", "macs", "applied_hardware='flops'")
         elif hardware is not None:
             self._add(_LATENCY, hardware, "applied_hardware")
         for name, source in self.sources.items():
