@@ -15,7 +15,7 @@ from oneshot.errors import ArchMismatchError
 from oneshot.export import arch_of
 from search_spaces.nasbench_macro import choices_of_code, code_of_choices, nasbench_macro
 
-TABLE = Path("/work/shared/data/nas-bench-macro/nas-bench-macro_cifar10.json")
+TABLE = Path(__file__).parents[2] / "shared/data/nas-bench-macro/nas-bench-macro_cifar10.json"
 
 # code -> parameters, MACs: rows of the published table (Apache-2.0, github.com/xiusu/NAS-Bench-Macro)
 ROWS = {
