@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from .errors import ConfigurationError
 
-__all__ = ["atomic_write", "remove_leftovers"]
+__all__ = ["atomic_write", "remove_leftovers", "user_cache"]
 
 _PREFIX = ".oneshot-tmp-"
 _TEMPORARY_NAME = re.compile(re.escape(_PREFIX) + r"[0-9a-f]{16}")
@@ -142,3 +142,12 @@ def _fsync_folder(folder: Path) -> None:
         # The file itself is in place; some file systems and folder modes merely do not offer this.
         if error.errno not in _NO_FOLDER_FSYNC:
             raise
+
+
+def user_cache() -> Path:
+    """The folder of what was measured or read before.
+
+    $ONESHOT_CACHE, else $XDG_CACHE_HOME/oneshot, else ~/.cache/oneshot.
+    """
+    own, shared = os.environ.get("ONESHOT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(shared or os.path.expanduser("~/.cache"), "oneshot")

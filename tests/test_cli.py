@@ -288,7 +288,7 @@ def test_largest_peak_of_a_large_space_is_said_to_be_the_largest_found(
                 return space(12)
             """)
     )
-    assert decode._MOST_ENUMERATED == 2**12
+    assert decode.MOST_ENUMERATED == 2**12
     for name, n, is_found in [("space", "8,192", True), ("smaller", "4,096", False)]:
         argv = [f"{tmp_path / 'spaces.py'}:{name}", "--input", "1,2", "--cost", "peak_memory"]
         assert report(capsys, *argv)["costs"]["peak_memory"]["largest_is_found"] is is_found

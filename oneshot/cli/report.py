@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..cost import Cost, CostModel, LatencyTable, PeakMemory, cost_range, count_peak_memory, counted_cost, latency_on
+from ..cost.decode import MOST_ENUMERATED
 from ..cost.hardware import is_predicted
 from ..errors import ConfigurationError, UnknownCostError
 from ..graph import Condition, trace_calls
 from ..mutables import Mutable, decisions
 
-__all__ = ["MOST_EXACT", "Layer", "Report", "named", "report_of"]
-
-MOST_EXACT = 4096  # architectures up to which cost_range knows the largest peak memory
+__all__ = ["Layer", "Report", "named", "report_of"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Report:
         return math.prod(len(names) for names in self.options.values())
 
     def largest_is_found(self, cost: Cost) -> bool:
-        return isinstance(cost, PeakMemory) and self.architectures > MOST_EXACT
+        return isinstance(cost, PeakMemory) and self.architectures > MOST_ENUMERATED
 
     def additive(self) -> list[CostModel]:
         return [cost for cost in self.costs if isinstance(cost, CostModel)]

@@ -11,7 +11,8 @@ from ..cost import (
     CostModel,
     PeakMemory,
 )
-from .report import MOST_EXACT, Layer, Report, named
+from ..cost.decode import MOST_ENUMERATED
+from .report import Layer, Report, named
 
 __all__ = ["as_json", "as_text"]
 
@@ -104,7 +105,7 @@ def _ranges_as_text(report: Report) -> str:
         rows.append([cost.name, cost.unit, *(_cell(value, cost.unit) for value in values)])
     lines = [_aligned(["cost", "unit", *head], rows, 2)]
     lines += [
-        f"{cost.name}: the maximum is the largest found among more than {MOST_EXACT:,} architectures"
+        f"{cost.name}: the maximum is the largest found among more than {MOST_ENUMERATED:,} architectures"
         for cost in report.costs
         if report.largest_is_found(cost)
     ]

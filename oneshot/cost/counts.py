@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,7 +17,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigurationError, UnknownCostError, UnsupportedModelError
-from ..graph import Call, Condition, Operation, parameter_conditions, trace_operations, undecided_inside
+from ..graph import (
+    Call,
+    Condition,
+    Operation,
+    parameter_conditions,
+    plain_attention,
+    trace_operations,
+    undecided_inside,
+)
 from ..mutables import Mutable, decisions
 from .model import CostModel, Term, terms_of_any
 from .spec import OPERATORS, CostSpec, Formula, LayerSpec, Rule, operator_spec, read_layer
@@ -178,6 +185,7 @@ def count_macs(
 ) -> CostModel:
     """MACs of one sample for each architecture, on an example input: ``count`` with the spec ``MACS``.
 
+    >>> import torch
     >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (torch.rand(1, 3, 16, 16),)).of({})
     55296.0
     """
@@ -244,6 +252,7 @@ def counted_cost(name: str, model: nn.Module, args: Sequence[Any]) -> CostModel:
 
     ConfigurationError for another name.
 
+    >>> import torch
     >>> counted_cost("ops", nn.Linear(10, 4), (torch.rand(1, 10),)).of({})  # 40 MACs, 4 additions
     44.0
     """
@@ -463,13 +472,8 @@ def _one_sample(model: nn.Module, args: Sequence[Any], dim: int | None) -> list[
 @contextmanager
 def _plain_operators() -> Iterator[None]:
     """Attention as the products it consists of: fused kernels hide them, or pad them differently on each device."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), _FusedBias():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    with plain_attention(), sdpa_kernel(SDPBackend.MATH), _FusedBias():
+        yield
 
 
 class _FusedBias(TorchFunctionMode):

@@ -23,12 +23,12 @@ from ..mutables.samplers import first_argmax
 from .memory import Cost, PeakMemory
 from .model import CostModel
 
-__all__ = ["best_under_budget", "cost_range"]
+__all__ = ["MOST_ENUMERATED", "best_under_budget", "cost_range"]
 
 _SOLVED, _NOTHING_FITS = 0, 2  # status of scipy's milp
 _MOST_CUTS = 200
 _MOST_ROUNDS = 2000  # of cuts, for a cost that is known by its cuts alone
-_MOST_ENUMERATED = 4096
+MOST_ENUMERATED = 4096  # architectures up to which the largest peak memory is exact
 _LEAST_LOG = -1e5  # below the best option of its decision: as good as impossible
 _SCORE_SCALE = 1e3  # the solver stops within 1e-6 of the optimum, here 1e-9 of a log probability
 _LARGEST = 1e4  # coefficient of a cost; the solver's tolerance is 1e-6
@@ -113,7 +113,7 @@ def _smallest_peak(cost: PeakMemory) -> float:
 
 
 def _largest_peak(cost: PeakMemory) -> float:
-    if math.prod(cost.sizes.values()) <= _MOST_ENUMERATED:
+    if math.prod(cost.sizes.values()) <= MOST_ENUMERATED:
         every = product(*(range(n) for n in cost.sizes.values()))
         return max(cost.of(dict(zip(cost.sizes, options, strict=True))) for options in every)
     choices, best = dict.fromkeys(cost.sizes, 0), -math.inf

@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 from ..errors import ConfigurationError
-from ..files import atomic_write
+from ..files import atomic_write, user_cache
 from .timing import Repetition, Round
 
 __all__ = ["TimingCache", "cache_folder"]
@@ -28,7 +27,7 @@ _FORMAT, _VERSION = "oneshot-timing", 1
 
 
 def cache_folder(cache: bool | str | Path) -> Path | None:
-    """The folder of a ``cache`` argument: True is $ONESHOT_CACHE, else $XDG_CACHE_HOME/oneshot, else ~/.cache/oneshot.
+    """The folder of a ``cache`` argument: True is that of the user.
 
     >>> cache_folder("here"), cache_folder(False)
     (PosixPath('here'), None)
@@ -39,10 +38,7 @@ def cache_folder(cache: bool | str | Path) -> Path | None:
         return None
     if cache is not True:
         raise ConfigurationError(f"cache={cache!r}: True, False or a folder is needed")
-    own, shared = os.environ.get("ONESHOT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own)
-    return (Path(shared) if shared else Path.home() / ".cache") / "oneshot"
+    return user_cache()
 
 
 @final

@@ -5,6 +5,7 @@ from .operators import Operator as Operator
 from .operators import Program as Program
 from .operators import Run as Run
 from .operators import Value as Value
+from .operators import plain_attention as plain_attention
 from .operators import trace_operators as trace_operators
 from .trace import Call as Call
 from .trace import Condition as Condition

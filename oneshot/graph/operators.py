@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..mutables import EveryPath, InputChoice, LayerChoice, Repeat, decisions
 from .trace import Condition, _run, _Tracer, evaluated, intersect
 
-__all__ = ["Junction", "Operator", "Program", "Run", "Value", "trace_operators"]
+__all__ = ["Junction", "Operator", "Program", "Run", "Value", "plain_attention", "trace_operators"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def trace_operators(model: nn.Module, args: Sequence[Any]) -> Program:
     try:
         recorder.attach(model)
         tracer.attach()  # its hooks run before those of the recorder, which asks it what holds
-        with torch.random.fork_rng(devices=[]), evaluated(model, EveryPath()), _plain_attention(), recorder:
+        with torch.random.fork_rng(devices=[]), evaluated(model, EveryPath()), plain_attention(), recorder:
             recorder.take_inputs(args)
             _run(model, args)
     finally:
@@ -130,7 +130,7 @@ def trace_operators(model: nn.Module, args: Sequence[Any]) -> Program:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """The fused attention of eval mode is one operator whose inside nobody sees; the usual path computes the same."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -14,17 +14,10 @@ from ...errors import ConfigurationError, OneshotError
 from ...files import atomic_write
 from .forest import Forest
 
-__all__ = ["ForestCache", "cache_folder", "sha256_of"]
+__all__ = ["ForestCache", "sha256_of"]
 
 _INDEX = "sha256.json"
 _NS_OF_A_CLOCK = 2_000_000_000  # the coarsest time stamps of a file system, FAT's
-
-
-def cache_folder() -> Path:
-    for variable, inside in (("ONESHOT_CACHE", "."), ("XDG_CACHE_HOME", "oneshot")):
-        if os.environ.get(variable):
-            return Path(os.environ[variable], inside)
-    return Path(os.path.expanduser("~/.cache/oneshot"))
 
 
 def sha256_of(path: Path) -> str:

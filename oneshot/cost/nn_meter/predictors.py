@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import final
 
 from ...errors import ConfigurationError
+from ...files import user_cache
 from .download import check_hashes, download
 from .forest import Forest
-from .forest_cache import ForestCache, cache_folder
+from .forest_cache import ForestCache
 from .places import RULES, place_of, read_mapping
 
 __all__ = ["PredictorSet", "check_hardware", "load_predictor_set"]
@@ -71,7 +72,7 @@ def load_predictor_set(
         if place.url is None or (place.folder.is_dir() and any(place.folder.iterdir())):
             raise ConfigurationError(place.incomplete())
         download(place, progress)
-    kept = ForestCache(cache_folder() if cache is None else Path(cache))
+    kept = ForestCache(user_cache() if cache is None else Path(cache))
     hashes = {name: kept.sha256(place.folder / name) for name in place.files()}
     check_hashes(place, hashes)
     read_mapping(place.folder / RULES, json.loads)

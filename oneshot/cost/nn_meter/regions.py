@@ -28,12 +28,11 @@ Fusible = Callable[[str, str], bool]
 
 
 class Edge(NamedTuple):
-    """``reader`` reads an output of ``maker`` while ``when`` holds; ``crosses``: there is a mutable in between."""
+    """``reader`` reads an output of ``maker`` while ``when`` holds."""
 
     maker: int
     reader: int
     when: Condition
-    crosses: bool
 
 
 class Graph(NamedTuple):
@@ -80,29 +79,27 @@ def graph_of(program: Program) -> Graph:
     makers = {number: i for i, node in enumerate(nodes) for number in node.outputs}
     for reader, node in enumerate(nodes):
         for number in dict.fromkeys(node.inputs):
-            for source, when, crosses in _sources(graph, number, node.when, False):
+            for source, when in _sources(graph, number, node.when):
                 if source in makers:
-                    maker = makers[source]
-                    both = intersect(when, nodes[maker].when)
+                    both = intersect(when, nodes[makers[source]].when)
                     if both is not None:
-                        crosses = crosses or dict(nodes[maker].when) != dict(node.when)
-                        graph.edges.append(Edge(maker, reader, both, crosses))
+                        graph.edges.append(Edge(makers[source], reader, both))
     return graph
 
 
-def _sources(graph: Graph, number: int, when: Condition, crosses: bool) -> Iterator[tuple[int, Condition, bool]]:
+def _sources(graph: Graph, number: int, when: Condition) -> Iterator[tuple[int, Condition]]:
     """The values that may stand for a number, with the conditions under which they do."""
     while number in graph.same:
         number = graph.same[number]
     junction = graph.junctions.get(number)
     if junction is None:
-        yield number, when, crosses
+        yield number, when
         return
     for option, source in junction.options.items():
         here = intersect(when, junction.when)
         both = None if here is None else intersect(here, {junction.label: frozenset({option})})
         if both is not None:
-            yield from _sources(graph, source, both, True)
+            yield from _sources(graph, source, both)
 
 
 def pieces(graph: Graph, fusible: Fusible, sizes: Mapping[str, int]) -> Iterator[Piece]:
@@ -119,7 +116,7 @@ def pieces(graph: Graph, fusible: Fusible, sizes: Mapping[str, int]) -> Iterator
         # How many read a node matters where it may be fused with one of them.
         shared = {i: leaving[i] for i in region if any(e in active for e in leaving.get(i, ()))}
         conditions = [graph.nodes[i].when for i in region]
-        conditions += [graph.edges[e].when for edges in shared.values() for e in edges if graph.edges[e].crosses]
+        conditions += [graph.edges[e].when for edges in shared.values() for e in edges]
         for when in _combinations(conditions, sizes, graph.nodes[region[0]].path):
             yield from _split(_piece(graph, region, shared, when), fusible)
 
