@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..mutables import EveryPath, InputChoice, LayerChoice, Repeat, decisions
@@ -82,11 +82,17 @@ class Run(NamedTuple):
 
 @dataclass
 class Program:
-    """The run of a search model along all its paths at once."""
+    """The run of a search model along all its paths at once.
+
+    ``parameters``: number -> name of the parameters and buffers that were read. ``integers``: number -> content of
+    the constants and folded values that are integers, by which others may be indexed.
+    """
 
     values: list[Value] = field(default_factory=list)
     steps: list[Operator | Junction] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    parameters: dict[int, str] = field(default_factory=dict)
+    integers: dict[int, Tensor] = field(default_factory=dict)
 
     def of(self, choices: Mapping[str, int]) -> Run:
         """What runs in the fixed model of ``choices`` (label -> option), in its order."""
@@ -103,12 +109,13 @@ class Program:
         return run._replace(outputs=[run.source(number) for number in self.outputs])
 
 
-def trace_operators(model: nn.Module, args: Sequence[Any]) -> Program:
-    """Run ``model(*args)`` once along every path, in eval mode without grad, and return what runs.
+def trace_operators(model: nn.Module, args: Sequence[Any], *, training: bool = False) -> Program:
+    """Run ``model(*args)`` once along every path, without grad, and return what runs.
 
     What the mutables do to mix their options is left out; where their outputs lie differently in memory, what follows
-    (a ``reshape``, say) is that of the first option. The model and the random numbers of torch on the CPU are
-    afterwards as they were. UnsupportedModelError for a model that does not run on ``args``.
+    (a ``reshape``, say) is that of the first option. ``training``: in the modes that the modules of ``model`` have,
+    and not in eval mode; BatchNorm statistics then move. All else of the model, and the random numbers of torch on the
+    CPU, are afterwards as they were. UnsupportedModelError for a model that does not run on ``args``.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), LayerChoice({"relu": nn.ReLU(), "none": nn.Identity()}, label="act"))
     >>> program = trace_operators(net, (torch.ones(1, 2),))
@@ -120,7 +127,8 @@ def trace_operators(model: nn.Module, args: Sequence[Any]) -> Program:
     try:
         recorder.attach(model)
         tracer.attach()  # its hooks run before those of the recorder, which asks it what holds
-        with torch.random.fork_rng(devices=[]), evaluated(model, EveryPath()), plain_attention(), recorder:
+        mode = evaluated(model, EveryPath(), training=training)
+        with torch.random.fork_rng(devices=[]), mode, plain_attention(), recorder:
             recorder.take_inputs(args)
             _run(model, args)
     finally:
@@ -161,6 +169,7 @@ class _Recorder(TorchDispatchMode):
         self.scopes = [_Scope("", {})]
         self.labels = {id(m): k for k, d in decisions(model).items() for m in d.members if m.decided is None}
         self.handles: list[Any] = []
+        self.names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         self.written: set[int] = set()  # memory of constants into which something else was written
 
     def attach(self, model: nn.Module) -> None:
@@ -256,6 +265,11 @@ class _Recorder(TorchDispatchMode):
         number = len(self.program.values)
         self.program.values.append(Value(number, tuple(tensor.shape), tensor.dtype, maker, alias_of, folded))
         self.numbers[tensor] = number
+        if maker == "constant" and id(tensor) in self.names:
+            self.program.parameters[number] = self.names[id(tensor)]
+        if folded and not (tensor.is_floating_point() or tensor.is_complex()):
+            with _disable_current_modes():
+                self.program.integers[number] = tensor.detach().clone()
         return number
 
     def _value(self, tensor: Tensor) -> Value:

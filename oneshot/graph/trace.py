@@ -291,13 +291,17 @@ def undecided_inside(module: nn.Module) -> str | None:
 
 
 @contextmanager
-def evaluated(model: nn.Module, sampler: Sampler | None = None) -> Iterator[None]:
-    """Eval mode without grad, under ``sampler``; modes, samplers and draws are put back afterwards."""
+def evaluated(model: nn.Module, sampler: Sampler | None = None, *, training: bool = False) -> Iterator[None]:
+    """Eval mode without grad, under ``sampler``; modes, samplers and draws are put back afterwards.
+
+    ``training``: leave the modes as they are.
+    """
     modes = [(module, module.training) for module in model.modules()]
     mutables = [m for m in model.modules() if isinstance(m, Mutable)]
     states = [(m, m.sampler, m.drawn, m.alpha_at_draw) for m in mutables]
     try:
-        model.eval()
+        if not training:
+            model.eval()
         if sampler is not None:
             set_sampler(model, sampler)
         with torch.no_grad():

@@ -1,0 +1,251 @@
+"""Which dimensions of which parameters must be cut together, found by following what runs.
+
+Every index of every dimension of every parameter is labelled, the operators of one run are followed in their order
+(``dimension_rules``), and what came out as one unit is cut or kept as one. What the code of a network says in numbers
+(``x[:, :8]``, ``split([32, 32])``) cannot be seen in a run: a group is a proposal until a cut of it has been tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .dimension_rules import Given, rule_for
+from .labels import Label, Labelled, Labels, dims_of
+from .operators import Junction, Operator, Program
+from .units import Atoms
+
+__all__ = ["Dimension", "Dimensions", "Group", "Number", "find_dimensions"]
+
+
+class Dimension(NamedTuple):
+    """One dimension of a parameter or buffer, by its name."""
+
+    name: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.dim}]"
+
+
+Members: TypeAlias = Mapping[Dimension, Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Dimensions that are cut together.
+
+    ``members``: for each of them the indices that belong to each unit, int64 of shape (units, m). ``columns``: those
+    that a product sums over, at which zeros are the same as absence. ``label``: unique in its network.
+    """
+
+    label: str
+    units: int
+    members: Members
+    columns: frozenset[Dimension]
+
+    def indices(self, dimension: Dimension, kept: Tensor) -> Tensor:
+        """The indices of a member that belong to the units ``kept``, sorted."""
+        return self.members[dimension][kept].flatten().sort().values
+
+
+class Number(NamedTuple):
+    """A size that an operator at ``path`` was given as a number: of dimension ``dim`` of a tensor with ``label``."""
+
+    path: str
+    size: int
+    label: Label
+    dim: int
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What was found: groups that may be cut, and why other dimensions may not.
+
+    ``numbers``: sizes that the code of a network hands to operators. ``unit_of``: atom -> its group and unit, or -1.
+    """
+
+    groups: tuple[Group, ...]
+    frozen: Mapping[Dimension, str]
+    numbers: tuple[Number, ...]
+    unit_of: Atoms
+
+    def renumbered(self, kept: Mapping[str, Tensor]) -> dict[str, dict[int, int]]:
+        """Path -> number -> the same number once only the ``kept`` units (group label -> flags) are left.
+
+        A number that stands for dimensions of which one changes and another one does not is taken to be the former;
+        one that would have to become two different ones is left out.
+        """
+        starts = np.cumsum([0, *(group.units for group in self.groups)])
+        alive = np.ones(starts[-1] + 1, bool)  # the last one stands for all that is not in a group
+        for group, start in zip(self.groups, starts, strict=False):
+            if group.label in kept:
+                alive[start : start + group.units] = kept[group.label].numpy()
+        found: dict[str, dict[int, set[int]]] = {}
+        for path, size, label, dim in self.numbers:
+            rows = np.moveaxis(alive[self.unit_of[label.numpy()]], dim, 0).reshape(label.shape[dim], -1)
+            found.setdefault(path, {}).setdefault(size, set()).add(int(rows.any(1).sum()))
+        changed = {path: {n: new - {n} for n, new in of.items()} for path, of in found.items()}
+        sure = {path: {n: min(new) for n, new in of.items() if len(new) == 1} for path, of in changed.items()}
+        return {path: numbers for path, numbers in sure.items() if numbers}
+
+
+def find_dimensions(programs: Sequence[Program], model: nn.Module, exclude: Mapping[Dimension, str]) -> Dimensions:
+    """The groups of a model, from the programs of its runs (one in eval mode, one in train mode, say).
+
+    ``exclude``: dimensions to keep, with the reason.
+
+    >>> from oneshot.graph import trace_operators
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> found = find_dimensions([trace_operators(net, (torch.ones(2, 4),))], net, {})
+    >>> [(group.label, group.units, [str(d) for d in group.members]) for group in found.groups]
+    [('0', 6, ['0.weight[0]', '0.bias[0]', '2.weight[1]'])]
+    >>> found.frozen[Dimension("2.weight", 0)]
+    'an output of the network'
+    """
+    finder = _Finder(model)
+    for program in programs:
+        finder.follow(program)
+    for dimension, reason in exclude.items():
+        finder.freeze(dimension, reason)
+    finder.labels.settle_grids()
+    return finder.found()
+
+
+class _Finder:
+    """Follows programs; parameters have the same labels in all of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.labels = Labels()
+        self.names: list[Dimension] = []
+        self.starts: list[int] = []
+        self.sizes: list[int] = []
+        self.of_name: dict[str, Labelled] = {}
+        self.numbers: list[Number] = []
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() or tensor.is_complex():
+                self.of_name[name] = self._labelled(name, tensor)
+
+    def _labelled(self, name: str, tensor: Tensor) -> Labelled:
+        found = []
+        for d, size in enumerate(tensor.shape):
+            if size > 1:
+                atoms = self.labels.units.fresh(size)
+                self.names.append(Dimension(name, d))
+                self.starts.append(int(atoms[0]))
+                self.sizes.append(size)
+                found.append(torch.from_numpy(atoms).reshape([-1 if i == d else 1 for i in range(tensor.dim())]))
+        return Labelled(tuple(tensor.shape), tuple(found), weight=True)
+
+    def follow(self, program: Program) -> None:
+        known = {number: self.of_name[name] for number, name in program.parameters.items() if name in self.of_name}
+        for step in program.steps:
+            if isinstance(step, Operator):
+                results = self._applied(step, known, program)
+            else:
+                results = self._joined(step, known, program)
+            numbers = [v.number for v in step.outputs] if isinstance(step, Operator) else [step.output]
+            known.update(zip(numbers, results, strict=False))
+        for number in program.outputs:
+            if number in known:
+                self.labels.freeze(known[number].labels, "an output of the network")
+
+    def _applied(self, step: Operator, known: Mapping[int, Labelled], program: Program) -> list[Labelled]:
+        if not any(value.number in known and known[value.number].labels for value in step.inputs):
+            return [Labelled(value.shape) for value in step.outputs]
+        given = Given(self.labels, step, known, program.integers)
+        results = rule_for(step.name)(given)
+        given_numbers = {n for n in pytree.tree_leaves((step.args, step.kwargs)) if type(n) is int and n > 1}
+        for result in results:
+            self.numbers += [
+                Number(step.path, result.shape[d], label, d)
+                for label in result.labels
+                for d in dims_of(label)
+                if result.shape[d] in given_numbers
+            ]
+        return [*results, *(Labelled(value.shape) for value in step.outputs[len(results) :])]
+
+    def _joined(self, step: Junction, known: Mapping[int, Labelled], program: Program) -> list[Labelled]:
+        ways = [known.get(n, Labelled(program.values[n].shape)) for n in dict.fromkeys(step.options.values())]
+        return [self.labels.pointwise(ways, f"a choice, {step.label}")]
+
+    def freeze(self, dimension: Dimension, reason: str) -> None:
+        if dimension in self.names:
+            self.labels.units.freeze(self._atoms(self.names.index(dimension)), reason)
+
+    def _atoms(self, place: int) -> Atoms:
+        return np.arange(self.starts[place], self.starts[place] + self.sizes[place])
+
+    # ---- what came out -----------------------------------------------------------------------------------------
+
+    def found(self) -> Dimensions:
+        units = self.labels.units
+        self._freeze_whole_dimensions()
+        frozen: dict[Dimension, str] = {}
+        members: dict[int, dict[int, list[int]]] = {}
+        for place, dimension in enumerate(self.names):
+            atoms = self._atoms(place)
+            for index, (root, reason) in enumerate(zip(units.roots(atoms).tolist(), units.reasons(atoms), strict=True)):
+                if reason is not None:
+                    frozen.setdefault(dimension, reason)
+                else:
+                    members.setdefault(root, {}).setdefault(place, []).append(index)
+        # A dimension that nothing ran over belongs to a layer that is never called: it stays.
+        groups: dict[tuple[tuple[int, int], ...], list[dict[int, list[int]]]] = {}
+        for unit in members.values():
+            groups.setdefault(tuple((place, len(indices)) for place, indices in unit.items()), []).append(unit)
+        columns = self._columns()
+        found: list[Group] = []
+        taken: set[str] = set()
+        unit_of = np.full(len(units.parents), -1)
+        count = 0
+        for signature, rows in groups.items():
+            dimensions = {
+                self.names[place]: torch.tensor([row[place] for row in rows], dtype=torch.int64)
+                for place, _ in signature
+            }
+            masked = frozenset(d for d in dimensions if d in columns)
+            if not masked or len(rows) < 2:
+                reason = "one unit, which has to stay" if masked else "nothing that runs sums over it"
+                frozen.update({d: reason for d in dimensions if d not in frozen})
+                continue
+            found.append(Group(_label(dimensions, masked, taken), len(rows), dimensions, masked))
+            place, _ = signature[0]
+            for row in rows:
+                unit_of[units.roots(np.asarray([self.starts[place] + row[place][0]]))] = count
+                count += 1
+        searchable = {d for group in found for d in group.members}
+        left = {d: why for d, why in frozen.items() if d not in searchable}
+        return Dimensions(tuple(found), left, tuple(self.numbers), unit_of[units.roots(np.arange(len(unit_of)))])
+
+    def _freeze_whole_dimensions(self) -> None:
+        """A unit that is the whole of some dimension cannot be cut: it would be empty."""
+        units = self.labels.units
+        for place in range(len(self.names)):
+            roots = units.roots(self._atoms(place))
+            if bool((roots == roots[0]).all()):
+                units.freeze(roots[:1], f"one unit is the whole of {self.names[place]}")
+
+    def _columns(self) -> set[Dimension]:
+        starts = np.asarray(self.starts)
+        atoms = np.unique(np.concatenate(self.labels.summed)) if self.labels.summed else np.zeros(0, np.int64)
+        return {self.names[i] for i in np.unique(np.searchsorted(starts, atoms, side="right") - 1)}
+
+
+def _label(dimensions: Mapping[Dimension, Tensor], columns: frozenset[Dimension], taken: set[str]) -> str:
+    """The path of the first layer that makes these units, and a number where it makes several groups of them."""
+    makers = [d for d in dimensions if d not in columns and d.name.rpartition(".")[2] == "weight"]
+    name = (makers or list(dimensions))[0].name
+    path = name.rpartition(".")[0] or name
+    label, count = path, 1
+    while label in taken:
+        count += 1
+        label = f"{path}:{count}"
+    taken.add(label)
+    return label

@@ -1,0 +1,299 @@
+"""Masks: mutables that say of every unit of a dimension whether it stays (PIT, arXiv 2203.14768).
+
+A mask has one number per unit, alpha in [0, 1], 1 at the start. A unit is kept while |alpha| > 0.5; the threshold hands
+its gradient on as if it were the identity (straight through). The relaxed size of a mask is the sum of |alpha|.
+
+Masks are computed many at a time, over one flat vector of all alphas: the functions here take segments of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError, LabelError
+from .base import _applied_to_alpha
+
+__all__ = [
+    "THRESHOLD",
+    "ChannelMask",
+    "DilationMask",
+    "KernelMask",
+    "Mask",
+    "dilation_count",
+    "dilation_scores",
+    "kept_units",
+    "kernel_scores",
+    "magnitude",
+    "octaves",
+    "straight_through",
+]
+
+THRESHOLD = 0.5
+
+
+def straight_through(x: Tensor) -> Tensor:
+    """1 where x > 0.5, else 0; the gradient is that of the identity.
+
+    >>> x = torch.tensor([0.5, 0.6], requires_grad=True)
+    >>> straight_through(x).sum().backward()
+    >>> straight_through(x).tolist(), x.grad.tolist()
+    ([0.0, 1.0], [1.0, 1.0])
+    """
+    result: Tensor = x + ((x > THRESHOLD).to(x.dtype) - x).detach()
+    return result
+
+
+def magnitude(alpha: Tensor) -> Tensor:
+    """|alpha|, with slope 1 at 0, where the slope 0 of torch.abs would keep a mask from ever coming back."""
+    return torch.where(alpha < 0, -alpha, alpha)
+
+
+@torch.no_grad()
+def kept_units(theta: Tensor, segments: Tensor, granularity: Tensor) -> Tensor:
+    """Which units stay, bool of shape (n,), of several masks in one vector ``theta`` of shape (n,).
+
+    ``segments``: (n,), the mask of each unit, ascending from 0. ``granularity``: (masks,). In each mask the units above
+    the threshold stay, at least one, and so many of the next largest that their number is a multiple of its granularity
+    (or all there are). Of equal ones the last goes first.
+
+    >>> theta = torch.tensor([0.9, 0.2, 0.3, 0.4, 0.4])
+    >>> kept_units(theta, torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 1])).tolist()
+    [True, False, True, False, True]
+    """
+    masks = len(granularity)
+    sizes = torch.zeros(masks, dtype=torch.int64, device=theta.device).index_add_(
+        0, segments, torch.ones_like(segments)
+    )
+    above = torch.zeros_like(sizes).index_add_(0, segments, (theta > THRESHOLD).to(torch.int64))
+    wanted = (above.clamp_min(1) + granularity - 1) // granularity * granularity
+    # By mask, then from the largest, of equal ones from the last: two stable sorts of the reversed vector.
+    backwards = torch.arange(len(theta) - 1, -1, -1, device=theta.device)
+    order = backwards[torch.argsort(theta[backwards], descending=True, stable=True)]
+    order = order[torch.argsort(segments[order], stable=True)]
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(theta), device=theta.device) - starts[segments[order]]
+    return rank < wanted[segments]
+
+
+def octaves(taps: int) -> int:
+    """How many dilations a kernel can have: G = max(ceil(log2 K), 1).
+
+    >>> [octaves(k) for k in (1, 2, 3, 4, 5, 9)]
+    [1, 1, 2, 2, 3, 4]
+    """
+    return max((taps - 1).bit_length(), 1)
+
+
+def kernel_scores(beta: Tensor) -> Tensor:
+    """theta_j = sum_{i <= j} |beta_i|, over the last dimension, from the oldest tap to the newest, whose |beta| is 1.
+
+    Non-decreasing, so that the oldest taps go first (PIT, section III-B).
+
+    >>> kernel_scores(torch.tensor([0.25, 0.4, 0.4]))
+    tensor([0.2500, 0.6500, 1.6500])
+    """
+    size = magnitude(beta)
+    newest = torch.ones_like(size[..., -1:])
+    return torch.cat([size[..., :-1], newest], -1).cumsum(-1)
+
+
+def dilation_count(taps: int, device: torch.device | None = None) -> Tensor:
+    """n of shape (G, K): whether step 2^p reaches the tap that lies K - 1 - j before the newest one.
+
+    >>> dilation_count(5).sum(0).tolist()  # at distance 4, 3, 2, 1, 0 from the newest tap
+    [3.0, 1.0, 2.0, 1.0, 3.0]
+    """
+    distance = torch.arange(taps - 1, -1, -1, device=device)
+    steps = 2 ** torch.arange(octaves(taps), device=device)
+    return (distance % steps[:, None] == 0).to(torch.get_default_dtype())
+
+
+def dilation_scores(gamma: Tensor, taps: int) -> Tensor:
+    """theta_j = sum of |gamma_p| over the p whose 2^p divides K - 1 - j; the last |gamma| is 1. Shape (K,).
+
+    >>> dilation_scores(torch.tensor([0.2, 0.5]), 3)
+    tensor([1.2000, 0.2000, 1.2000])
+    """
+    size = magnitude(gamma)
+    full = torch.cat([size[:-1], torch.ones_like(size[-1:])])
+    return full @ dilation_count(taps, gamma.device).to(full.dtype)
+
+
+class Mask(nn.Module, ABC):
+    """A mutable with one alpha per unit. ``label``: its name in an architecture; None means its place in the model.
+
+    ``alpha``: shape (n,), in at least fp32 whatever the network is cast to. ``trainable``: whether a search moves it.
+    """
+
+    def __init__(self, n: int, label: str | None) -> None:
+        super().__init__()
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ConfigurationError(f"{type(self).__name__}({n!r}): a number of units of at least 1 is needed")
+        if label is not None and (not isinstance(label, str) or not label):
+            raise LabelError(f"{type(self).__name__}(label={label!r}): a label is a non-empty string or None")
+        self.label = label
+        precision = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.alpha = nn.Parameter(torch.ones(n, dtype=precision))
+
+    @abstractmethod
+    def decision(self) -> Any:
+        """What is kept now, JSON-ready."""
+
+    @abstractmethod
+    def decide(self, decision: Any) -> None:
+        """Set alpha to 1 for what a decision keeps and 0 for the rest; ConfigurationError if there is no such one."""
+
+    @torch.no_grad()
+    def clip_(self) -> None:
+        """Back into [0, 1], where the straight-through gradient means what it says; after every optimizer step."""
+        self.alpha.clamp_(0, 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mask:
+        super()._apply(partial(_applied_to_alpha, fn), recurse=recurse)
+        return self
+
+
+@final
+class ChannelMask(Mask):
+    """Which of ``units`` channels, features or heads stay. Called on a tensor, it multiplies dimension ``dim`` by 0 or 1.
+
+    ``granularity``: their number is a multiple of it. At least one stays: the largest |alpha|, of equal ones the last.
+
+    >>> mask = ChannelMask(4)
+    >>> mask.keep([0, 3])
+    >>> mask(torch.ones(1, 4)).tolist(), mask.decision()
+    ([[1.0, 0.0, 0.0, 1.0]], [0, 3])
+    """
+
+    def __init__(self, units: int, label: str | None = None, *, granularity: int = 1) -> None:
+        super().__init__(units, label)
+        if not isinstance(granularity, int) or isinstance(granularity, bool) or granularity < 1:
+            raise ConfigurationError(f"ChannelMask(granularity={granularity!r}): an integer of at least 1 is needed")
+        self.granularity = granularity
+
+    def forward(self, x: Tensor, dim: int = 1) -> Tensor:
+        if x.shape[dim] != len(self.alpha):
+            raise ConfigurationError(
+                f"ChannelMask of {len(self.alpha)} units on dimension {dim} of a tensor of shape {tuple(x.shape)}, "
+                f"which has {x.shape[dim]} there"
+            )
+        shape = [-1 if d == dim % x.dim() else 1 for d in range(x.dim())]
+        return x * self.hard().to(x.dtype).reshape(shape)
+
+    def soft(self) -> Tensor:
+        """|alpha|, shape (units,); its sum is the relaxed number of channels."""
+        return magnitude(self.alpha)
+
+    def hard(self) -> Tensor:
+        """1 for units that stay, else 0; the gradient is handed straight through to |alpha|. Shape (units,)."""
+        theta = self.soft()
+        segments = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
+        kept = kept_units(theta, segments, torch.tensor([self.granularity], device=theta.device))
+        return theta + (kept.to(theta.dtype) - theta).detach()
+
+    def decision(self) -> list[int]:
+        return [int(i) for i in self.hard().detach().nonzero().flatten()]
+
+    def decide(self, decision: Any) -> None:
+        self.keep(decision)
+
+    @torch.no_grad()
+    def keep(self, kept: Sequence[int]) -> None:
+        """Keep these units and no others: their alpha becomes 1, that of the others 0."""
+        n = len(self.alpha)
+        kept = list(kept) if isinstance(kept, Sequence) and not isinstance(kept, str) else [kept]  # type: ignore[list-item]
+        wrong = [k for k in kept if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < n]
+        if wrong or not kept or len(set(kept)) != len(kept):
+            raise ConfigurationError(
+                f"ChannelMask {self.label or ''}: units {kept} cannot be kept; needed are different integers from 0 to "
+                f"{n - 1}, at least one"
+            )
+        if len(kept) % self.granularity and len(kept) != n:
+            raise ConfigurationError(
+                f"ChannelMask {self.label or ''}: {len(kept)} units is no multiple of {self.granularity}, nor all {n}"
+            )
+        self.alpha.copy_(torch.zeros_like(self.alpha).index_fill_(0, torch.tensor(kept, device=self.alpha.device), 1))
+
+
+@final
+class KernelMask(Mask):
+    """How many taps of a kernel stay: beta of shape (K,), from the oldest tap to the newest, which always stays.
+
+    theta = ``kernel_scores(beta)``, a tap stays while theta > 0.5, so that what goes is the oldest. For a kernel in
+    space the "newest" position is its centre and the oldest its outermost ring.
+
+    >>> mask = KernelMask(5)
+    >>> mask.decide(2)
+    >>> mask.hard().tolist(), mask.decision()
+    ([0.0, 0.0, 0.0, 1.0, 1.0], 2)
+    """
+
+    def __init__(self, taps: int, label: str | None = None) -> None:
+        super().__init__(taps, label)
+
+    def hard(self) -> Tensor:
+        """1 for taps that stay, else 0, of shape (K,), with a straight-through gradient."""
+        return straight_through(kernel_scores(self.alpha))
+
+    def decision(self) -> int:
+        return int(self.hard().sum())
+
+    @torch.no_grad()
+    def decide(self, decision: Any) -> None:
+        n = len(self.alpha)
+        if not isinstance(decision, int) or isinstance(decision, bool) or not 1 <= decision <= n:
+            raise ConfigurationError(f"KernelMask {self.label or ''}: {decision!r} is no size from 1 to {n}")
+        self.alpha.copy_((torch.arange(n, device=self.alpha.device) >= n - decision).to(self.alpha.dtype))
+
+
+@final
+class DilationMask(Mask):
+    """The dilation of a kernel of ``taps``: gamma of shape (G,), G = max(ceil(log2 K), 1), the last always on.
+
+    theta = ``dilation_scores(gamma, K)``: with m entries off from the front, the taps that stay lie 2^m apart, counted
+    from the newest one. The dilation is 1 + the longest run of zeros in the thresholded theta.
+
+    >>> mask = DilationMask(9)
+    >>> mask.decide(4)
+    >>> mask.hard().tolist(), mask.decision()
+    ([1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], 4)
+    """
+
+    def __init__(self, taps: int, label: str | None = None) -> None:
+        super().__init__(octaves(taps) if isinstance(taps, int) and not isinstance(taps, bool) else taps, label)
+        self.taps = taps
+
+    def hard(self) -> Tensor:
+        """1 for taps that stay, else 0, of shape (K,), with a straight-through gradient."""
+        return straight_through(dilation_scores(self.alpha, self.taps))
+
+    def decision(self) -> int:
+        return 1 + longest_gap(self.hard().detach().tolist())
+
+    @torch.no_grad()
+    def decide(self, decision: Any) -> None:
+        allowed = [2**p for p in range(len(self.alpha))]
+        if decision not in allowed or isinstance(decision, bool):
+            raise ConfigurationError(f"DilationMask {self.label or ''}: dilation {decision!r}, allowed are {allowed}")
+        off = allowed.index(decision)
+        self.alpha.copy_((torch.arange(len(self.alpha), device=self.alpha.device) >= off).to(self.alpha.dtype))
+
+
+def longest_gap(kept: Sequence[float]) -> int:
+    """The longest run of zeros.
+
+    >>> longest_gap([1, 0, 0, 1, 0, 1])
+    2
+    """
+    longest = run = 0
+    for value in kept:
+        run = 0 if value else run + 1
+        longest = max(longest, run)
+    return longest

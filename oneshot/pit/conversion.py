@@ -1,0 +1,213 @@
+"""From a plain network to a search space: trace, find what is cut together, name it, try it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from ..errors import ConfigurationError, UnsupportedModelError
+from ..graph.dimensions import Dimension, Dimensions, Group, find_dimensions
+from ..graph.operators import Program, trace_operators
+from ..mutables.masked import MASKED_LAYERS, placed_masks, plain_layer
+from ..mutables.masks import ChannelMask, Mask
+from .axes import ChannelAxis, KernelAxis, kernel_axes
+from .search_space import SearchSpace
+from .trial import confirmed, no_dropout
+
+__all__ = ["Granularity", "PlacedMasks", "find_space", "take_masks"]
+
+Granularity = int | Mapping[str, int]
+Excluded = Sequence[str | type[nn.Module]]
+
+
+class _Place(nn.Module):
+    """Stands where a ChannelMask is called, and shows which dimension it is of."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.units = nn.Parameter(torch.ones(units))
+
+    def forward(self, x: Tensor, dim: int = 1) -> Tensor:
+        return x * self.units.to(x.dtype).reshape([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
+
+
+class PlacedMasks:
+    """The masks that a network was written with. ``channels``: a dimension each of them is of."""
+
+    def __init__(self) -> None:
+        self.channels: list[tuple[Dimension, ChannelMask]] = []
+        self.kernels: dict[str, dict[str, Mask]] = {}
+        self.places: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.channels or self.kernels)
+
+
+def take_masks(network: nn.Module) -> PlacedMasks:
+    """Turn the masked layers of a network (a copy, of ours) into plain ones, and return their masks."""
+    taken = PlacedMasks()
+    masks = {id(m) for layer in network.modules() if isinstance(layer, MASKED_LAYERS) for m in layer.children()}
+    for path, module in list(network.named_modules()):
+        if isinstance(module, MASKED_LAYERS):
+            of_layer = placed_masks(module)
+            weight = f"{path}.weight".lstrip(".")
+            if "channel_mask" in of_layer:
+                taken.channels.append((Dimension(weight, 0), of_layer.pop("channel_mask")))  # type: ignore[arg-type]
+            if of_layer:
+                taken.kernels[weight] = of_layer  # type: ignore[assignment]
+            _put(network, path, plain_layer(module))
+        elif isinstance(module, ChannelMask) and id(module) not in masks and path:
+            taken.channels.append((Dimension(f"{path}.units", 0), module))
+            taken.places.append(path)
+            _put(network, path, _Place(len(module.alpha)))
+    return taken
+
+
+def _put(network: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    if not path:
+        raise ConfigurationError(
+            "a masked layer alone is no network: nothing that follows its output would get smaller. Put it into one"
+        )
+    old = network.get_submodule(path)
+    for other in network.modules():
+        for key, child in other._modules.items():
+            if child is old:
+                other._modules[key] = module
+    assert network.get_submodule(parent)._modules[name] is module
+
+
+def find_space(
+    network: nn.Module,
+    args: Sequence[Any],
+    placed: PlacedMasks,
+    *,
+    exclude: Excluded,
+    granularity: Granularity,
+    autoconvert: bool,
+) -> tuple[SearchSpace, dict[str, Mask]]:
+    """The confirmed axes of a network and, by label, the masks among them that were placed by hand."""
+    excluded = _excluded(network, exclude)
+    programs = _programs(network, args)
+    found = find_dimensions(programs, network, excluded)
+    own = _own_masks(found, placed)
+    for path in placed.places:
+        _put(network, path, nn.Identity())
+    kernels, frozen_kernels = kernel_axes(network)
+    for weight, masks in placed.kernels.items():
+        for kernel in kernels:
+            if kernel.weight == weight:
+                names = {"kernel_mask": kernel.kernel_label, "dilation_mask": kernel.dilation_label}
+                own.update({names[name]: mask for name, mask in masks.items()})
+    channels = [_axis(_without_places(group), granularity) for group in found.groups]
+    gone = {d: "excluded" for k in kernels for d in k.positions if d in excluded}
+    kernels = [k for k in kernels if not any(d in gone for d in k.positions)]
+    if not autoconvert:
+        channels = [axis for axis in channels if axis.label in own]
+        kernels = [k for k in kernels if k.kernel_label in own or k.dilation_label in own]
+    frozen = {d: why for d, why in found.frozen.items() if d.name in dict(network.named_parameters())}
+    space = SearchSpace(tuple(channels), tuple(kernels), {**frozen, **frozen_kernels, **gone}, found)
+    weights = {name for name, _ in network.named_parameters()}
+    used = [weights & set(program.parameters.values()) for program in programs]
+    return confirmed(space, network, args, in_training=any(names - used[0] for names in used)), own
+
+
+def _programs(network: nn.Module, args: Sequence[Any]) -> list[Program]:
+    """What runs in eval mode, and what runs in train mode where the network runs in it."""
+    programs = [trace_operators(network, args)]
+    copied = copy.deepcopy(network).train()
+    try:
+        with no_dropout():
+            programs.append(trace_operators(copied, args, training=True))
+    except UnsupportedModelError:
+        # BatchNorm does not train on one number per channel. What runs in eval mode is what is exported.
+        return programs
+    return programs
+
+
+def _excluded(network: nn.Module, exclude: Excluded) -> dict[Dimension, str]:
+    """The outputs of excluded layers: dimension -> reason. ConfigurationError for an entry that fits no module."""
+    if isinstance(exclude, str | type):
+        exclude = (exclude,)
+    modules = dict(network.named_modules())
+    found: dict[Dimension, str] = {}
+    for entry in exclude:
+        if isinstance(entry, str):
+            matching = [path for path in modules if fnmatchcase(path, entry)]
+        elif isinstance(entry, type):
+            matching = [path for path, module in modules.items() if isinstance(module, entry)]
+        else:
+            raise ConfigurationError(f"exclude={entry!r}: the path of a module, a pattern of paths, or a layer type")
+        if not matching:
+            raise ConfigurationError(
+                f"exclude={entry!r} fits no module of {type(network).__name__}; it has {_some([p for p in modules if p])}"
+            )
+        for path in matching:
+            found.update(_outputs_of(modules[path], path, f"excluded by {entry!r}"))
+    return found
+
+
+def _outputs_of(module: nn.Module, path: str, reason: str) -> dict[Dimension, str]:
+    found = {}
+    for below, inner in module.named_modules(prefix=path):
+        for name, parameter in inner.named_parameters(prefix=below, recurse=False):
+            is_matrix = isinstance(inner, nn.Linear | nn.modules.conv._ConvNd) and parameter.dim() > 1
+            inputs = (0 if isinstance(inner, _ConvTransposeNd) else 1) if is_matrix else None
+            found.update({Dimension(name, d): reason for d in range(parameter.dim()) if d != inputs})
+    return found
+
+
+def _some(names: Sequence[str], count: int = 12) -> str:
+    return f"{list(names[:count])}{' and others' if len(names) > count else ''}"
+
+
+def _own_masks(found: Dimensions, placed: PlacedMasks) -> dict[str, Mask]:
+    own: dict[str, Mask] = {}
+    for dimension, mask in placed.channels:
+        group = next((g for g in found.groups if dimension in g.members), None)
+        if group is None:
+            reason = found.frozen.get(dimension, "nothing that runs depends on it")
+            raise ConfigurationError(f"the ChannelMask at {dimension} cannot be searched: {reason}")
+        if group.units != len(mask.alpha):
+            raise ConfigurationError(
+                f"the ChannelMask at {dimension} has {len(mask.alpha)} units, and {group.units} can be cut there: "
+                f"{[str(d) for d in group.members]} go together"
+            )
+        if own.setdefault(group.label, mask) is not mask:
+            raise ConfigurationError(
+                f"two ChannelMasks on dimensions that are cut together, {[str(d) for d in group.members]}: hand one "
+                "and the same object to both layers"
+            )
+    return own
+
+
+def _without_places(group: Group) -> Group:
+    members = {d: indices for d, indices in group.members.items() if not _is_place(d)}
+    return Group(group.label, group.units, members, group.columns & set(members))
+
+
+def _is_place(dimension: Dimension) -> bool:
+    return dimension.name.rpartition(".")[2] == "units"
+
+
+def _axis(group: Group, granularity: Granularity) -> ChannelAxis:
+    """Granularity is given in channels of the layer a group is named after; a unit may be several of them."""
+    path = group.label.partition(":")[0]
+    wanted = granularity if isinstance(granularity, int) else _of_pattern(granularity, path)
+    if isinstance(wanted, bool) or wanted < 1:
+        raise ConfigurationError(f"granularity={granularity!r}: integers of at least 1 are needed")
+    width = next((i.shape[1] for d, i in group.members.items() if d.name.startswith(f"{path}.")), 1)
+    return ChannelAxis(group.label, group, wanted // math.gcd(wanted, width))
+
+
+def _of_pattern(granularity: Mapping[str, int], path: str) -> int:
+    return next((n for pattern, n in granularity.items() if fnmatchcase(path, pattern)), 1)
+
+

@@ -1,0 +1,236 @@
+"""Trials: a group of dimensions is searched only once a cut of it has run and computed what the masked network does."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..graph import evaluated
+from .axes import ChannelAxis
+from .mask_set import MaskSet
+from .search_space import SearchSpace, call_masked, cut_network
+
+__all__ = ["confirmed", "no_dropout"]
+
+_ALLOWED = {torch.float64: 1e-8}
+_LOOSE = 1e-3
+_DROPOUTS = frozenset(
+    getattr(owner, name)
+    for owner in (F, torch)
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+                 "feature_dropout", "dropout_", "alpha_dropout_")
+    if hasattr(owner, name)
+)  # fmt: skip
+
+
+class no_dropout(TorchFunctionMode):
+    """Dropout as the identity: two networks of different widths cannot drop the same elements."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DROPOUTS:
+            return args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))
+
+
+def confirmed(
+    space: SearchSpace, model: nn.Module, args: Sequence[Any], *, in_training: bool = False, seed: int = 0
+) -> SearchSpace:
+    """The axes of ``space`` of which a cut has been tried with success; the others are frozen with the reason.
+
+    All are cut at once at random places, with random weights and statistics, in float64 where the network runs in it.
+    Where that fails, halves are tried, down to the axes that fail alone. What a cut of does not change the output at
+    all has shown nothing: such an axis is frozen too. ``in_training``: try it in train mode as well, where other layers
+    run.
+    """
+    tried = _Trial(model, args, seed, (False, True) if in_training else (False,))
+    reasons: dict[str, str] = {}
+    while True:
+        left = space.without(reasons)
+        if not left.labels:
+            return left
+        failure = tried.failure(left)
+        if failure is None:
+            break
+        failing = tried.failing(left, left.labels, failure)
+        reasons.update(failing or {left.labels[-1]: failure})
+    reasons.update(tried.without_effect(left))
+    return space.without(reasons)
+
+
+class _Trial:
+    def __init__(self, model: nn.Module, args: Sequence[Any], seed: int, modes: Sequence[bool]) -> None:
+        self.modes = modes
+        self.generator = torch.Generator().manual_seed(seed)
+        self.model, self.args = self._prepared(model, args)
+        randomize(self.model, self.generator)
+
+    def _prepared(self, model: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, list[Any]]:
+        """A copy on the CPU, in float64 if it runs in that."""
+        wide = copy.deepcopy(model).cpu().double()
+        arguments = pytree.tree_map_only(Tensor, _wide, list(args))
+        try:
+            with evaluated(wide):
+                wide(*arguments)
+        except Exception:  # noqa: BLE001  (the forward is the user's: anything may be raised by it)
+            narrow = copy.deepcopy(model).cpu()
+            return narrow, pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), list(args))
+        return wide, arguments
+
+    def masks(self, space: SearchSpace) -> MaskSet:
+        """Random decisions: at least one unit of each axis goes, and one stays."""
+        masks = MaskSet(space.channels, space.kernels)
+        for axis in space.channels:
+            kept = self._number(1, axis.units - 1)
+            masks[axis.label].keep(_some(axis, kept, self.generator))
+        for kernel in space.kernels:
+            size = self._number(1, kernel.taps - 1)
+            masks[kernel.kernel_label].decide(size)
+            if kernel.dilated:
+                octave = self._number(0, len(masks[kernel.dilation_label].alpha) - 1)
+                masks[kernel.dilation_label].decide(2**octave)
+        return masks.to(next((p.dtype for p in self.model.parameters()), torch.float32))
+
+    def _number(self, low: int, high: int) -> int:
+        return int(torch.randint(low, max(low, high) + 1, (), generator=self.generator))
+
+    def failure(self, space: SearchSpace) -> str | None:
+        """What goes wrong when all axes of a space are cut at once; None if nothing does."""
+        masks = self.masks(space)
+        hard = masks().hard
+        expected = [
+            self._run(self.model, mode, partial(call_masked, space, masks, hard, self.model)) for mode in self.modes
+        ]
+        failure = ""
+        for renumber in (True, False):
+            try:
+                small = cut_network(space, masks, self.model, renumber=renumber)
+                got = [self._run(small, mode, partial(_call, small)) for mode in self.modes]
+            except Exception as error:  # noqa: BLE001  (the forward is the user's: anything may be raised by it)
+                failure = failure or f"a cut of it does not run: {type(error).__name__}: {_first_line(error)}"
+                continue
+            difference, allowed = relative_difference(expected, got)
+            if difference <= allowed:
+                return None
+            failure = f"a cut of it computes something else: {difference:.1g} relative"
+        return failure
+
+    def _run(self, model: nn.Module, mode: bool, call: Callable[[Sequence[Any]], Any]) -> Any:
+        """With the same random numbers and buffers every time; ``mode``: of training."""
+        before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        with torch.random.fork_rng(devices=[]), evaluated(model), no_dropout():
+            torch.manual_seed(0)
+            model.train(mode)
+            output = call(_cloned(self.args))
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        return output
+
+    def failing(self, space: SearchSpace, labels: Sequence[str], failure: str) -> dict[str, str]:
+        """The axes that fail alone, or the smallest sets that fail together, by halving."""
+        if len(labels) == 1:
+            return {labels[0]: failure}
+        found: dict[str, str] = {}
+        half = len(labels) // 2
+        for part in (labels[:half], labels[half:]):
+            of_part = self.failure(space.only(part))
+            if of_part is not None:
+                found.update(self.failing(space, part, of_part))
+        return found
+
+    def without_effect(self, space: SearchSpace) -> dict[str, str]:
+        """Axes whose masks the outputs do not depend on: a zero gradient for every unit."""
+        masks = MaskSet(space.channels, space.kernels).to(next(self.model.parameters()).dtype)
+        effects = [self._run(self.model, mode, partial(self._effect, space, masks)) for mode in self.modes]
+        gradient = torch.stack(effects).abs().sum(0)
+        reasons = {}
+        for axis in space.channels:
+            start = masks.start(axis.label)
+            if not bool(gradient[start : start + axis.units].any()):
+                reasons[axis.label] = "the outputs do not depend on it"
+        return reasons
+
+    def _effect(self, space: SearchSpace, masks: MaskSet, args: Sequence[Any]) -> Tensor:
+        """The derivative of a random sum of the outputs by the flat vector."""
+        with torch.enable_grad():
+            flat = masks().hard.detach().requires_grad_()
+            outputs = call_masked(space, masks, flat, self.model, args)
+            floats = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+            parts = [(t * torch.randn(t.shape, dtype=t.dtype)).sum() for t in floats]
+            total = torch.stack([part.double() for part in parts]).sum() if parts else flat.sum() * 0
+            (gradient,) = torch.autograd.grad(total, flat)
+            return gradient
+
+
+def _call(model: nn.Module, args: Sequence[Any]) -> Any:
+    return model(*args)
+
+
+def _some(axis: ChannelAxis, count: int, generator: torch.Generator) -> list[int]:
+    count = min(axis.units, math.ceil(count / axis.granularity) * axis.granularity)
+    return sorted(torch.randperm(axis.units, generator=generator)[:count].tolist())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _cloned(args: Sequence[Any]) -> list[Any]:
+    cloned: list[Any] = pytree.tree_map_only(Tensor, torch.clone, list(args))
+    return cloned
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, generator: torch.Generator) -> None:
+    """Weights and statistics of a trained network's size, none of them zero or equal, so that every wrong cut shows."""
+    vectors = {id(t) for m in model.modules() if isinstance(m, _NormBase) for t in (m.running_mean, m.running_var)}
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.running_var is not None and module.running_mean is not None:
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            module.running_mean.normal_(0, 0.3, generator=generator)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or id(parameter) in vectors:
+            continue
+        if parameter.dim() < 2:
+            low, high = (0.5, 1.5) if name.endswith("weight") else (-0.5, 0.5)
+            parameter.uniform_(low, high, generator=generator)
+        else:
+            fan_in = parameter[0].numel()
+            noise = torch.empty_like(parameter).normal_(0, math.sqrt(2 / max(fan_in, 1)), generator=generator)
+            parameter.copy_(noise)
+
+
+def relative_difference(one: Any, other: Any) -> tuple[float, float]:
+    """The largest difference of two outputs over the largest number in them, and what is allowed for their dtype."""
+    ones = [t for t in pytree.tree_leaves(one) if isinstance(t, Tensor)]
+    others = [t for t in pytree.tree_leaves(other) if isinstance(t, Tensor)]
+    if [(t.shape, t.dtype) for t in ones] != [(t.shape, t.dtype) for t in others]:
+        return math.inf, 0.0
+    worst, allowed = 0.0, _LOOSE
+    for a, b in zip(ones, others, strict=True):
+        if not a.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(a, b) else math.inf)
+            continue
+        allowed = _ALLOWED.get(a.dtype, _LOOSE)
+        scale = float(a.abs().max()) if a.numel() else 1.0
+        difference = float((a - b).abs().max()) if a.numel() else 0.0
+        if not math.isfinite(scale) or not math.isfinite(difference):
+            return math.inf, allowed
+        worst = max(worst, difference / max(scale, 1e-30))
+    return worst, allowed
+
