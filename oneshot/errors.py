@@ -9,6 +9,7 @@ __all__ = [
     "DrawError",
     "ExportError",
     "InfeasibleTargetError",
+    "InputTypeError",
     "LabelError",
     "OneshotError",
     "ShapeMismatchError",
@@ -72,3 +73,7 @@ class CheckpointError(OneshotError, RuntimeError):
 
 class TrainingDivergedError(OneshotError, ArithmeticError):
     """A loss became NaN or infinite; the message carries step, terms and the last good checkpoint."""
+
+
+class InputTypeError(OneshotError, TypeError):
+    """An argument of a type that cannot work."""

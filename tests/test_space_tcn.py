@@ -181,7 +181,7 @@ def test_parameters_and_macs_of_tc_resnet14() -> None:
     ],
 )
 def test_the_figures_of_the_paper(net: nn.Module, thousand_parameters: int, million_operations: float) -> None:
-    # Table 1 of arXiv 1904.03814: running statistics among the parameters, two operations per MAC.
+    # As published in arXiv 1904.03814: running statistics among the parameters, two operations per MAC.
     params, macs = counts(net, torch.rand(1, 40, 98))
     assert round((params + running_statistics(net)) / 1e3) == thousand_parameters
     assert round(2 * macs / 1e6, 1) == million_operations

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +32,8 @@ from .spec import OPERATORS, CostSpec, Formula, LayerSpec, Rule, operator_spec, 
 
 __all__ = [
     "COUNTED",
+    "Counted",
+    "CountedLayers",
     "MACS",
     "OPS",
     "PARAMS_NO_BIAS",
@@ -42,7 +44,9 @@ __all__ = [
     "count_macs",
     "count_params",
     "counted_cost",
+    "counted_layers",
     "linear_macs",
+    "one_sample",
     "weight_bytes",
     "weights",
     "weights_and_biases",
@@ -224,7 +228,7 @@ def count(
     counter = _Counter(model, spec, ignore)
     with _plain_operators():
         calls, operations = trace_operations(
-            model, _one_sample(model, args, batch_dim), counter.is_unit, counter.is_wanted
+            model, one_sample(model, args, batch_dim), counter.is_unit, counter.is_wanted
         )
     if spec.per_call:
         terms = [term for call in calls for term in counter.of_call(call)]
@@ -234,6 +238,43 @@ def count(
     return CostModel(
         spec.name, spec.unit, [term for term in terms if scope == "all" or _varies(term.when, model)], model
     )
+
+
+class Counted(NamedTuple):
+    """A layer that is due, with the call it is due for; None: it is due once, and never called."""
+
+    path: str
+    module: nn.Module
+    call: Call | None
+    formula: Formula
+
+
+class CountedLayers(NamedTuple):
+    """The layers that a spec counts. ``is_outside(path, operator)``: whether it counts that operator there by itself."""
+
+    layers: tuple[Counted, ...]
+    is_outside: Callable[[str, str], bool]
+
+
+def counted_layers(model: nn.Module, args: Sequence[Any], spec: CostSpec, ignore: Ignored = ()) -> CountedLayers:
+    """What ``count`` would charge in a network without choices, before any formula is evaluated; its errors."""
+    counter = _Counter(model, spec, ignore)
+    with _plain_operators():
+        calls, operations = trace_operations(model, one_sample(model, args), counter.is_unit, counter.is_wanted)
+    if spec.per_call:
+        due = [(call.path, call.module, call) for call in calls if id(call.module) not in counter.ignored]
+        for operation in operations:
+            counter.of_operation(operation)
+    else:
+        due = [(path, module, own[0] if own else None) for path, module, own, _ in counter.due_once(calls)]
+    layers = tuple(Counted(path, module, call, counter.formula(path, module, call)[1]) for path, module, call in due)
+    units = {path for path, module in model.named_modules() if counter.is_unit(module)}
+
+    def is_outside(path: str, operator: str) -> bool:
+        above = path.split(".")
+        return counter.is_wanted(operator) and not any(".".join(above[:i]) in units for i in range(len(above) + 1))
+
+    return CountedLayers(layers, is_outside)
 
 
 COUNTED = {
@@ -338,12 +379,19 @@ class _Counter:
 
     def once(self, calls: Sequence[Call]) -> list[Term]:
         """Each layer of the fixed model once, called or not."""
+        return [
+            term
+            for path, module, own, conditions in self.due_once(calls)
+            for term in terms_of_any(self._same_value(path, module, own), conditions, path)
+        ]
+
+    def due_once(self, calls: Sequence[Call]) -> Iterator[tuple[str, nn.Module, list[Call], list[Condition]]]:
+        """Path, module, calls and conditions of the layers that are counted once."""
         of_parameter = {id(parameter): conditions for parameter, conditions in parameter_conditions(self.model)}
         of_module: dict[int, list[Call]] = {}
         for call in calls:
             of_module.setdefault(id(call.module), []).append(call)
         owners: dict[int, str] = {}
-        terms = []
         for path, module in self._units():
             own = of_module.get(id(module), [])
             first = next(module.parameters(), None)
@@ -351,14 +399,16 @@ class _Counter:
             if id(module) in self.ignored or not conditions:
                 continue
             self._claim(owners, path, module)
-            values = {self._value(path, module, call) for call in own} or {self._value(path, module, None)}
-            if len(values) > 1:
-                raise UnsupportedModelError(
-                    f"{self.spec.name}: {path} is due once, and its calls would cost {sorted(values)} "
-                    f"{self.spec.unit}. A cost that depends on the input is due per call: CostSpec(..., per_call=True)"
-                )
-            terms += terms_of_any(values.pop(), conditions, path)
-        return terms
+            yield path, module, own, conditions
+
+    def _same_value(self, path: str, module: nn.Module, own: Sequence[Call]) -> float:
+        values = {self._value(path, module, call) for call in own} or {self._value(path, module, None)}
+        if len(values) > 1:
+            raise UnsupportedModelError(
+                f"{self.spec.name}: {path} is due once, and its calls would cost {sorted(values)} "
+                f"{self.spec.unit}. A cost that depends on the input is due per call: CostSpec(..., per_call=True)"
+            )
+        return values.pop()
 
     def _units(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules that are counted as a whole, each once, without those inside of others."""
@@ -385,6 +435,11 @@ class _Counter:
                 )
 
     def _value(self, path: str, module: nn.Module, call: Call | None) -> float:
+        layer, formula = self.formula(path, module, call)
+        return float(formula(layer))
+
+    def formula(self, path: str, module: nn.Module, call: Call | None) -> tuple[LayerSpec, Formula]:
+        """What a layer is, and what prices it; UnknownCostError if nothing does."""
         name = f"{self.spec.name}: {path or 'the network'} is a {type(module).__name__}"
         covered = self.spec.covers(type(module))
         layer = read_layer(module, call) if covered else None
@@ -409,7 +464,7 @@ class _Counter:
                 f"{name} with {added} besides what its base class has, which the rule of that does not count. "
                 f"Give it a rule of its own, spec.with_rule({type(module).__name__}, formula)"
             )
-        return float(formula(layer))
+        return layer, formula
 
 
 def _added(module: nn.Module, spec: CostSpec) -> list[str]:
@@ -438,7 +493,7 @@ def _has_own_parameters(module: nn.Module) -> bool:
     return any(p is not None for holder in [module, *lists] for p in holder._parameters.values())
 
 
-def _one_sample(model: nn.Module, args: Sequence[Any], dim: int | None) -> list[Any]:
+def one_sample(model: nn.Module, args: Sequence[Any], dim: int | None = 0) -> list[Any]:
     """The first sample of a batch. What depends on the batch, and what does not, is then due as for one sample."""
     tensors = [leaf for leaf in pytree.tree_leaves(list(args)) if isinstance(leaf, Tensor)]
     if dim is None or not tensors:

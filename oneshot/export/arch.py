@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import ArchMismatchError
 from ..files import atomic_write
 from ..mutables import Mutable, decisions
-from ..mutables.base import FixedContext, current_fixed_arch
+from ..mutables.base import FixedContext, SearchModel, current_fixed_arch
 from ..mutables.samplers import first_argmax
 
 __all__ = [
@@ -65,6 +65,8 @@ def _digest(offered: Mapping[str, Any]) -> str:
 
 def _offered(model: nn.Module) -> dict[str, Any]:
     """Label -> what it offers; in a model built under ``fixed_arch`` also where an outer decision left it out."""
+    if isinstance(model, SearchModel):
+        return model.offered()
     offered: dict[str, Any] = {}
     for path, module in model.named_modules():
         if isinstance(module, Mutable):
@@ -74,23 +76,30 @@ def _offered(model: nn.Module) -> dict[str, Any]:
     return offered
 
 
-def argmax_choices(model: nn.Module) -> dict[str, int]:
-    """Label -> option with the largest alpha, the first one of equals; never a sample."""
+def argmax_choices(model: nn.Module) -> dict[str, Any]:
+    """Label -> option with the largest alpha, the first one of equals; never a sample. Of a SearchModel, its arch."""
+    if isinstance(model, SearchModel):
+        return model.arch()
     return {label: first_argmax(d.alpha.detach().tolist()) for label, d in decisions(model).items()}
 
 
-def arch_of(model: nn.Module, choices: Mapping[str, int]) -> dict[str, Any]:
-    """The JSON-ready decisions of options given by index."""
+def arch_of(model: nn.Module, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON-ready decisions of options given by index; those of a SearchModel are its choices."""
+    if isinstance(model, SearchModel):
+        return dict(choices)
     return {label: _json(d.options[choices[label]]) for label, d in decisions(model).items()}
 
 
-def choices_of(model: nn.Module, arch: ArchSource) -> dict[str, int]:
+def choices_of(model: nn.Module, arch: ArchSource) -> dict[str, Any]:
     """Label -> option index of an arch, checked against ``model`` as a whole before anything is returned.
+
+    Of a SearchModel: label -> decision.
 
     ArchMismatchError: a label too few or too many, an unknown candidate, another space.
     """
     file = read_arch(arch)
-    known, offered = decisions(model), _offered(model)
+    offered = _offered(model)
+    known = offered if isinstance(model, SearchModel) else decisions(model)
     missing, extra = [x for x in known if x not in file.arch], [x for x in file.arch if x not in offered]
     if missing or extra:
         parts = []
@@ -102,6 +111,11 @@ def choices_of(model: nn.Module, arch: ArchSource) -> dict[str, int]:
             f"{file.source}: {' and '.join(parts)}; the model's labels are {list(known)}. "
             "Build the model with the arguments it was searched with"
         )
+    if isinstance(model, SearchModel):
+        _check_space(file, offered)
+        model.check_arch(file.arch)
+        return dict(file.arch)
+    known = decisions(model)
     choices = {x: d.members[0].index_of(file.arch[x], f"{file.source}: {x}") for x, d in known.items()}
     _check_space(file, offered)
     for label, decision in known.items():
@@ -128,7 +142,7 @@ def _check_space(file: ArchFile, offered: Mapping[str, Any]) -> None:
 def write_arch(
     path: str | os.PathLike[str],
     model: nn.Module,
-    choices: Mapping[str, int],
+    choices: Mapping[str, Any],
     *,
     costs: Mapping[str, float],
     created_by: Mapping[str, Any],

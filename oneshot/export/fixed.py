@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 from ..errors import ArchMismatchError, ExportError, UnsupportedModelError
 from ..graph import evaluated
 from ..mutables import InputChoice, LayerChoice, Mutable, OnePath, Repeat, decisions
+from ..mutables.base import SearchModel
 from .arch import ArchFile, ArchSource, choices_of
 
-__all__ = ["as_graph", "fixed", "load_fixed", "verified_fixed"]
+__all__ = ["as_graph", "check_equal", "fixed", "load_fixed", "verified_fixed"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _LOOSE = 2e-2  # of half precision
@@ -28,7 +29,7 @@ _LOOSE = 2e-2  # of half precision
 def fixed(model: nn.Module, arch: ArchSource | None = None) -> nn.Module:
     """The plain network of an arch, with copies of the weights of the chosen candidates.
 
-    ``model`` is left as it is. The result holds no class of this library: a LayerChoice becomes its candidate, a
+    ``model`` is left as it is; a ``PIT`` network is one too, and without ``arch`` its masks say what it is. The result holds no class of this library: a LayerChoice becomes its candidate, a
     Repeat an ``nn.Sequential``, an InputChoice a small ``torch.fx.GraphModule``. ``arch``: a path, a mapping, or
     None for a model that was built under ``fixed_arch``.
 
@@ -38,6 +39,8 @@ def fixed(model: nn.Module, arch: ArchSource | None = None) -> nn.Module:
       (0): Linear(in_features=2, out_features=3, bias=True)
     )
     """
+    if isinstance(model, SearchModel):
+        return model.rebuilt(model.arch() if arch is None else choices_of(model, arch), None)
     choices = choices_of(model, _file_of_context(model) if arch is None else arch)
     return _strip(model, choices)[0]
 
@@ -47,12 +50,14 @@ def load_fixed(factory: Callable[[], nn.Module], path: ArchSource) -> nn.Module:
     return fixed(factory(), path)
 
 
-def verified_fixed(model: nn.Module, choices: Mapping[str, int], examples: Sequence[Sequence[Any]]) -> nn.Module:
+def verified_fixed(model: nn.Module, choices: Mapping[str, Any], examples: Sequence[Sequence[Any]]) -> nn.Module:
     """The fixed model of ``choices``, compared with the search model pinned to them on every example.
 
     Both in eval mode; max |difference| / max |reference| must be at most 1e-4 in float32, 1e-9 in float64. Else
     ExportError names the first layer that differs.
     """
+    if isinstance(model, SearchModel):
+        return model.rebuilt(choices, examples)
     with torch.random.fork_rng(devices=[]):
         plain, copies = _strip(model, choices)
         with evaluated(model):
@@ -81,7 +86,7 @@ def as_graph(module: nn.Module, args: Sequence[Any]) -> fx.GraphModule:
             "tensors; keep the class, or its state_dict with its source"
         ) from error
     _make_portable(graph)
-    _check_equal(module, graph, args, f"the graph of {type(module).__name__}")
+    check_equal(module, graph, args, f"the graph of {type(module).__name__}")
     return graph
 
 
@@ -190,7 +195,7 @@ def _input_graph(mutable: InputChoice, option: int) -> fx.GraphModule:
 
 def _prove(model: nn.Module, plain: nn.Module, copies: Mapping[int, Any], args: Sequence[Any]) -> None:
     try:
-        _check_equal(model, plain, args, "the rebuilt network")
+        check_equal(model, plain, args, "the rebuilt network")
     except ExportError as error:
         layer = _first_difference(model, plain, copies, args)
         raise ExportError(
@@ -199,7 +204,7 @@ def _prove(model: nn.Module, plain: nn.Module, copies: Mapping[int, Any], args: 
         ) from error
 
 
-def _check_equal(reference: nn.Module, other: nn.Module, args: Sequence[Any], name: str) -> None:
+def check_equal(reference: nn.Module, other: nn.Module, args: Sequence[Any], name: str) -> None:
     """ExportError unless both compute the same in eval mode; each on a copy of ``args``, which they may change."""
     with evaluated(reference), evaluated(other):
         expected = reference(*pytree.tree_map_only(Tensor, torch.clone, list(args)))
@@ -252,7 +257,7 @@ def _first_difference(model: nn.Module, plain: nn.Module, copies: Mapping[int, A
             handles.append(original.register_forward_hook(partial(_leave, [], ours, path)))
     try:
         with suppress(ExportError):
-            _check_equal(model, plain, args, "the rebuilt network")
+            check_equal(model, plain, args, "the rebuilt network")
     finally:
         for handle in handles:
             handle.remove()

@@ -20,9 +20,11 @@ from ..errors import ArchMismatchError, LabelError
 from .samplers import Gate, Sampler, Softmax
 
 __all__ = [
+    "AlphaModule",
     "Decision",
     "FixedContext",
     "Mutable",
+    "SearchModel",
     "after_step",
     "arch_parameters",
     "current_fixed_arch",
@@ -51,7 +53,44 @@ class FixedContext:
 current_fixed_arch: ContextVar[FixedContext | None] = ContextVar("current_fixed_arch", default=None)
 
 
-class Mutable(nn.Module, ABC):
+class AlphaModule(nn.Module):
+    """A module with architecture parameters of its own, ``alpha``, kept in at least fp32."""
+
+    alpha: nn.Parameter | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AlphaModule:
+        # model.half() and model.bfloat16() would round alpha away: it keeps its precision, and follows devices.
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        super()._apply(partial(_applied_to_alpha, fn), recurse=False)
+        return self
+
+
+class SearchModel(nn.Module, ABC):
+    """A network that is searched as a whole, and rebuilt as a whole; masks of a ``PIT`` network, say.
+
+    Its architectures are mappings of labels to decisions, JSON-ready.
+    """
+
+    @abstractmethod
+    def arch(self) -> dict[str, Any]:
+        """The architecture that it stands for now."""
+
+    @abstractmethod
+    def offered(self) -> dict[str, tuple[Hashable, ...]]:
+        """Label -> what can be decided there, JSON-ready."""
+
+    @abstractmethod
+    def check_arch(self, arch: Mapping[str, Any]) -> None:
+        """ArchMismatchError for a decision that its label does not offer; labels have been checked."""
+
+    @abstractmethod
+    def rebuilt(self, arch: Mapping[str, Any], examples: Sequence[Sequence[Any]] | None) -> nn.Module:
+        """The plain network of an architecture; compared on ``examples`` if these are given, ExportError."""
+
+
+class Mutable(AlphaModule, ABC):
     """A module that holds an undecided choice between ``options``.
 
     ``alpha``: shape (n,), one logit per option, zero (so uniform) at the start and kept in at least fp32.
@@ -60,8 +99,6 @@ class Mutable(nn.Module, ABC):
     holds its chosen option only. ``left_out``: path below it -> signature of the mutables without a label that
     it dropped with the other options.
     """
-
-    alpha: nn.Parameter | None
 
     def __init__(self, options: Sequence[Hashable], label: str | None) -> None:
         super().__init__()
@@ -110,14 +147,6 @@ class Mutable(nn.Module, ABC):
     def gate(self) -> Gate:
         """The gate of this forward."""
         return self.sampler.gate(self.alpha, self.drawn)  # type: ignore[arg-type]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mutable:
-        # model.half() and model.bfloat16() would round alpha away: it keeps its precision, and follows devices.
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        super()._apply(partial(_applied_to_alpha, fn), recurse=False)
-        return self
 
 
 def _applied_to_alpha(fn: Callable[[Tensor], Tensor], alpha: Tensor) -> Tensor:
@@ -268,7 +297,9 @@ def arch_parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> len(arch_parameters(net)), len(weight_parameters(net))
     (1, 4)
     """
-    return [d.alpha for d in decisions(model).values() if d.members[0].alpha is not None]
+    decisions(model)  # ties the alphas of equal labels
+    alphas = [m.alpha for m in model.modules() if isinstance(m, AlphaModule) and m.alpha is not None]
+    return list({id(alpha): alpha for alpha in alphas}.values())
 
 
 def weight_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -9,15 +9,14 @@ Masks are computed many at a time, over one flat vector of all alphas: the funct
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Hashable, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, LabelError
-from .base import _applied_to_alpha
+from .base import AlphaModule
 
 __all__ = [
     "THRESHOLD",
@@ -126,11 +125,13 @@ def dilation_scores(gamma: Tensor, taps: int) -> Tensor:
     return full @ dilation_count(taps, gamma.device).to(full.dtype)
 
 
-class Mask(nn.Module, ABC):
+class Mask(AlphaModule, ABC):
     """A mutable with one alpha per unit. ``label``: its name in an architecture; None means its place in the model.
 
     ``alpha``: shape (n,), in at least fp32 whatever the network is cast to. ``trainable``: whether a search moves it.
     """
+
+    alpha: nn.Parameter
 
     def __init__(self, n: int, label: str | None) -> None:
         super().__init__()
@@ -150,14 +151,14 @@ class Mask(nn.Module, ABC):
     def decide(self, decision: Any) -> None:
         """Set alpha to 1 for what a decision keeps and 0 for the rest; ConfigurationError if there is no such one."""
 
+    def signature(self) -> tuple[Hashable, ...]:
+        """What can be decided, JSON-ready."""
+        return type(self).__name__, len(self.alpha)
+
     @torch.no_grad()
     def clip_(self) -> None:
         """Back into [0, 1], where the straight-through gradient means what it says; after every optimizer step."""
         self.alpha.clamp_(0, 1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mask:
-        super()._apply(partial(_applied_to_alpha, fn), recurse=recurse)
-        return self
 
 
 @final

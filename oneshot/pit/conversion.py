@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from ..cost.counts import one_sample
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..graph.dimensions import Dimension, Dimensions, Group, find_dimensions
 from ..graph.operators import Program, trace_operators
@@ -120,8 +121,11 @@ def find_space(
 
 
 def _programs(network: nn.Module, args: Sequence[Any]) -> list[Program]:
-    """What runs in eval mode, and what runs in train mode where the network runs in it."""
-    programs = [trace_operators(network, args)]
+    """What runs in eval mode on one sample, and what runs in train mode where the network runs in it."""
+    try:
+        programs = [trace_operators(network, one_sample(network, args))]
+    except UnsupportedModelError:  # one that needs a batch, or has something else in the first dimension
+        programs = [trace_operators(network, args)]
     copied = copy.deepcopy(network).train()
     try:
         with no_dropout():

@@ -62,6 +62,7 @@ class MaskSet(nn.Module):
         self._set_channel_buffers()
         self._set_kernel_buffers()
         self._starts = self._flat_starts()
+        self._set_size_buffers()
 
     # ---- a mapping of labels to masks ----------------------------------------------------------------------------
 
@@ -154,6 +155,43 @@ class MaskSet(nn.Module):
             starts[kernel.kernel_label], at = at, at + kernel.taps
         self.size = at + 1
         return starts
+
+    def _set_size_buffers(self) -> None:
+        """Of each element of the vector: its axis, and how many indices of a dimension follow it."""
+        axes = [torch.full((axis.units,), i) for i, axis in enumerate(self.channels)]
+        counts = [torch.ones(axis.units, dtype=torch.int64) for axis in self.channels]
+        for i, kernel in enumerate(self.kernels, start=len(self.channels)):
+            axes.append(torch.full((kernel.taps,), i))
+            counts.append(torch.bincount(next(iter(kernel.positions.values())), minlength=kernel.taps))
+        self._keep("axis_of", torch.cat([*axes, torch.tensor([len(self.channels) + len(self.kernels)])]))
+        self._keep("count_of", torch.cat([*counts, torch.zeros(1, dtype=torch.int64)]))
+
+    @property
+    def n_axes(self) -> int:
+        return len(self.channels) + len(self.kernels)
+
+    def full(self) -> list[int]:
+        """The size of each axis: units of channels, taps of a side of a kernel."""
+        sides = [len(next(iter(kernel.positions.values()))) for kernel in self.kernels]
+        return [axis.units for axis in self.channels] + sides
+
+    def lowest(self) -> list[int]:
+        """The smallest size of each axis that its masks can have while they are searched."""
+        lowest = [
+            min(axis.units, self[axis.label].granularity) if self[axis.label].alpha.requires_grad else axis.units
+            for axis in self.channels
+        ]
+        for kernel, full in zip(self.kernels, self.full()[len(self.channels) :], strict=True):
+            searched = self[kernel.kernel_label].alpha.requires_grad
+            longest = kernel.dilated and self[kernel.dilation_label].alpha.requires_grad
+            # With the largest dilation alone, two taps are left of a kernel of more than two.
+            lowest.append(1 if searched else (kernel.taps - 1) // 2 ** (octaves(kernel.taps) - 1) + 1 if longest else full)
+        return lowest
+
+    def sizes(self, flat: Tensor) -> Tensor:
+        """The size of each axis, float64 of shape (axes,), from the flat vector, hard or soft."""
+        total = torch.zeros(self.n_axes + 1, dtype=torch.float64, device=flat.device)
+        return total.index_add(0, self.axis_of, flat.to(torch.float64) * self.count_of)[:-1]
 
     def forward(self) -> FlatMasks:
         """The vector, of shape (units + taps + 1,)."""

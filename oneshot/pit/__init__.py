@@ -1,0 +1,3 @@
+"""PIT: masks over the channels, kernels and dilations of any network."""
+
+from .model import PIT as PIT

@@ -1,0 +1,313 @@
+"""Costs of a masked network: the counted costs of ``oneshot.cost`` as functions of the sizes of its axes.
+
+A formula that is linear in each size it depends on (parameters, MACs) becomes a sum of products of sizes once, when the
+network is converted: cost = sum_t c_t prod_j n_tj. Any other formula is asked again at every step, with sizes as
+tensors; it is differentiable as far as the formula is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
+
+from ..cost.counts import Counted, counted_layers
+from ..cost.spec import CostSpec, Formula, LayerSpec, operator_spec, read_layer
+from ..graph import Call, Operation, Value
+from ..graph.dimensions import Product
+from .sizes import Form, Sizes
+
+__all__ = ["CostTerms", "MaskedCosts", "parameter_terms", "spec_terms"]
+
+MOST_FACTORS = 4
+
+
+class Part(NamedTuple):
+    """coefficient * the product of the sizes of ``forms``."""
+
+    coefficient: float
+    forms: tuple[Form, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A layer whose formula is not linear in its sizes: what it is told, and which of it are sizes."""
+
+    formula: Formula
+    layer: LayerSpec
+    sized: Callable[[Sequence[Any]], LayerSpec]
+    forms: tuple[Form, ...]
+
+
+@dataclass(frozen=True)
+class CostTerms:
+    """One cost of a masked network."""
+
+    name: str
+    unit: str
+    parts: tuple[Part, ...]
+    asked: tuple[Asked, ...] = ()
+
+
+def parameter_terms(name: str, unit: str, model: nn.Module, sizes: Sizes, weight: Callable[[Tensor], float]) -> CostTerms:
+    """sum over the parameters of weight(p) * the product of their sizes, each parameter once."""
+    parts = []
+    for parameter_name, parameter in model.named_parameters():
+        forms = [sizes.of(parameter_name, d) for d in range(parameter.dim())]
+        constant = math.prod(form.constant for form in forms if not form.parts)
+        parts.append(Part(weight(parameter) * constant, tuple(form for form in forms if form.parts)))
+    return CostTerms(name, unit, tuple(parts))
+
+
+def spec_terms(
+    spec: CostSpec,
+    model: nn.Module,
+    args: Sequence[Any],
+    sizes: Sizes,
+    products: Sequence[Product],
+    ignore: Sequence[str | type[nn.Module]] = (),
+) -> CostTerms:
+    """What a ``CostSpec`` counts for one sample, as ``oneshot.count`` does on the network that is exported."""
+    names = {id(parameter): name for name, parameter in (*model.named_parameters(), *model.named_buffers())}
+    counted = counted_layers(model, args, spec, ignore)
+    parts: list[Part] = []
+    asked: list[Asked] = []
+    for item in counted.layers:
+        sized, forms = _sized_layer(item, names, sizes)
+        _add(parts, asked, item.formula, sized, forms, sizes)
+    for product in products:
+        if spec.per_call and counted.is_outside(product.operator.path, f"aten::{product.operator.name}"):
+            _add(parts, asked, *_sized_product(product, spec, sizes), sizes)
+    return CostTerms(spec.name, spec.unit, tuple(parts), tuple(asked))
+
+
+def _add(
+    parts: list[Part],
+    asked: list[Asked],
+    formula: Formula,
+    sized: Callable[[Sequence[Any]], LayerSpec],
+    forms: tuple[Form, ...],
+    sizes: Sizes,
+) -> None:
+    """The cost of one layer: in products of sizes if it is linear in each of them."""
+
+    def price(values: Sequence[int]) -> Fraction:
+        return Fraction(formula(sized(values)))
+
+    low = [form.at(sizes.lowest) for form in forms]
+    high = [form.at(sizes.full) for form in forms]
+    if len(forms) <= MOST_FACTORS:
+        coefficients = _multilinear(price, low, high)
+        middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
+        if _is_close(_value(coefficients, middle), price(middle)):
+            parts += [
+                Part(float(c), tuple(form for form, used in zip(forms, places, strict=True) if used))
+                for places, c in coefficients.items()
+                if c
+            ]
+            return
+    asked.append(Asked(formula, sized(high), sized, forms))
+
+
+Coefficients = Mapping[tuple[bool, ...], Fraction]
+
+
+def _multilinear(price: Callable[[Sequence[int]], Fraction], low: Sequence[int], high: Sequence[int]) -> Coefficients:
+    """f(n) = sum over subsets S of c_S prod_{i in S} n_i through the corners of a box, S as flags; exact.
+
+    >>> _multilinear(lambda n: Fraction(3 + 2 * n[0]), [1], [5])
+    {(False,): Fraction(3, 1), (True,): Fraction(2, 1)}
+    """
+    if not low:
+        return {(): price([])}
+    at_low = _multilinear(lambda rest: price([low[0], *rest]), low[1:], high[1:])
+    if high[0] == low[0]:
+        return {(False, *places): c for places, c in at_low.items()}
+    at_high = _multilinear(lambda rest: price([high[0], *rest]), low[1:], high[1:])
+    found: dict[tuple[bool, ...], Fraction] = {}
+    for places, c in at_low.items():
+        slope = (at_high[places] - c) / (high[0] - low[0])
+        found[(False, *places)] = c - slope * low[0]
+        found[(True, *places)] = slope
+    return found
+
+
+def _value(coefficients: Coefficients, values: Sequence[int]) -> Fraction:
+    return sum(
+        (c * math.prod(v for v, used in zip(values, places, strict=True) if used) for places, c in coefficients.items()),
+        Fraction(0),
+    )
+
+
+def _is_close(one: Fraction, other: Fraction) -> bool:
+    return abs(one - other) <= Fraction(1, 10**9) * max(abs(one), abs(other))
+
+
+# --- what a layer is told -------------------------------------------------------------------------------------------
+
+
+def _sized_layer(
+    item: Counted, names: Mapping[int, str], sizes: Sizes
+) -> tuple[Callable[[Sequence[Any]], LayerSpec], tuple[Form, ...]]:
+    """A function from the searched sizes of a layer to what its formula is told, and the forms of these sizes."""
+    module, layer = item.module, read_layer(item.module, item.call)
+    weight = next((names[id(t)] for t in _tensors_of(module) if id(t) in names), None)
+    if weight is None:
+        return (lambda values: layer), ()
+    fields: list[tuple[Form, Callable[[LayerSpec, Any], LayerSpec]]]
+    if isinstance(module, _ConvNd):
+        fields = _convolution_fields(module, weight, sizes)
+    elif isinstance(module, nn.Linear):
+        fields = [(sizes.of(weight, 0), _set_out), (sizes.of(weight, 1), _set_in)]
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        fields = [(sizes.of(weight, 1), _set_out)]
+    elif len(sizes.shapes[weight]) == 1 and not layer.parts:
+        fields = [(sizes.of(weight, 0), _set_both)]
+    else:
+        fields = []
+    fields = [(form, setter) for form, setter in fields if form.parts]
+
+    def sized(values: Sequence[Any]) -> LayerSpec:
+        result = layer
+        for value, (_, setter) in zip(values, fields, strict=True):
+            result = setter(result, value)
+        return result
+
+    return sized, tuple(form for form, _ in fields)
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    own = {**module._parameters, **module._buffers}
+    return [own[name] for name in ("weight", "running_mean", "bias") if own.get(name) is not None]  # type: ignore[misc]
+
+
+def _set_out(layer: LayerSpec, n: Any) -> LayerSpec:
+    return replace(layer, out_channels=n)
+
+
+def _set_in(layer: LayerSpec, n: Any) -> LayerSpec:
+    return replace(layer, in_channels=n)
+
+
+def _set_both(layer: LayerSpec, n: Any) -> LayerSpec:
+    return replace(layer, in_channels=n, out_channels=n)
+
+
+def _convolution_fields(
+    conv: _ConvNd, weight: str, sizes: Sizes
+) -> list[tuple[Form, Callable[[LayerSpec, Any], LayerSpec]]]:
+    transposed = isinstance(conv, _ConvTransposeNd)
+    rows, columns = (1, 0) if transposed else (0, 1)
+    fields: list[tuple[Form, Callable[[LayerSpec, Any], LayerSpec]]] = []
+    if conv.groups == 1:
+        fields += [(sizes.of(weight, rows), _set_out), (sizes.of(weight, columns), _set_in)]
+    else:
+        per_group_out, per_group_in = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+
+        def set_groups(layer: LayerSpec, n: Any) -> LayerSpec:
+            groups = n // per_group_out if isinstance(n, int) else n / per_group_out
+            return replace(layer, out_channels=n, in_channels=groups * per_group_in, groups=groups)
+
+        fields.append((sizes.of(weight, rows), set_groups))
+    for d in range(len(conv.kernel_size)):
+
+        def set_kernel(layer: LayerSpec, n: Any, d: int = d) -> LayerSpec:
+            return replace(layer, kernel=tuple(n if i == d else k for i, k in enumerate(layer.kernel)))
+
+        fields.append((sizes.of(weight, 2 + d), set_kernel))
+    return fields
+
+
+def _sized_product(
+    product: Product, spec: CostSpec, sizes: Sizes
+) -> tuple[Formula, Callable[[Sequence[Any]], LayerSpec], tuple[Form, ...]]:
+    """The same of an operator outside of layers: the dimensions of its tensors that have one form are one size."""
+    step = product.operator
+    shapes: dict[int, list[int | Form]] = {}
+    for value in (*step.inputs, *step.outputs):
+        shape: list[int | Form] = list(value.shape)
+        for label in product.labelled[value.number].labels if value.number in product.labelled else ():
+            for d in range(label.dim()):
+                if label.shape[d] > 1:
+                    form = sizes.along(label, d)
+                    shape[d] = form if form.parts else shape[d]
+        shapes[value.number] = shape
+    forms = tuple(dict.fromkeys(n for shape in shapes.values() for n in shape if isinstance(n, Form)))
+
+    def sized(values: Sequence[Any]) -> LayerSpec:
+        of_form = dict(zip(forms, values, strict=True))
+
+        def tensor(value: Value) -> Tensor:
+            shape = [of_form[n] if isinstance(n, Form) else n for n in shapes[value.number]]
+            return torch.empty(shape, device="meta")
+
+        args, kwargs = pytree.tree_map_only(Value, tensor, (list(step.args), dict(step.kwargs)))
+        output = tensor(step.outputs[0])
+        return operator_spec(Operation(f"aten::{step.name}", step.path, args, kwargs, output, {}))
+
+    assert spec.functional is not None
+    return spec.functional, sized, forms
+
+
+# --- all costs at once ----------------------------------------------------------------------------------------------
+
+
+class MaskedCosts:
+    """Several costs of one network, from the sizes of its axes: each of them in its unit, float64."""
+
+    def __init__(self, terms: Sequence[CostTerms], sizes: Sizes) -> None:
+        self.terms = {of_one.name: of_one for of_one in terms}
+        self.names = [of_one.name for of_one in terms]
+        forms = list(dict.fromkeys(f for t in terms for part in (*t.parts, *t.asked) for f in part.forms))
+        place = {form: 1 + i for i, form in enumerate(forms)}
+        merged: dict[tuple[int, ...], list[float]] = {}
+        for row, of_one in enumerate(terms):
+            for part in of_one.parts:
+                key = tuple(sorted(place[form] for form in part.forms))
+                merged.setdefault((0,) * (MOST_FACTORS - len(key)) + key, [0.0] * len(terms))[row] += part.coefficient
+        self.constants, self.matrix = sizes.matrix([Form(1), *forms])
+        self.factors = torch.tensor(list(merged) or [[0] * MOST_FACTORS])
+        self.coefficients = torch.tensor(list(merged.values()) or [[0.0] * len(terms)], dtype=torch.float64).T
+        self.place = place
+        self.full = torch.tensor(sizes.full, dtype=torch.float64)
+        self.lowest = torch.tensor(sizes.lowest, dtype=torch.float64)
+        self._on: dict[str, tuple[Tensor, ...]] = {}
+
+    def __call__(self, sizes: Tensor) -> Tensor:
+        """Every cost, of shape (costs,), from the sizes of the axes, of shape (axes,); differentiable."""
+        constants, matrix, factors, coefficients = self._tensors(sizes.device)
+        n = constants + matrix @ sizes
+        costs = coefficients @ n[factors].prod(1)
+        asked = [self._asked(name, n) for name in self.names]
+        return costs + torch.stack(asked) if any(self.terms[name].asked for name in self.names) else costs
+
+    def _asked(self, name: str, n: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=n.dtype, device=n.device)
+        for layer in self.terms[name].asked:
+            values = [n[self.place[form]] for form in layer.forms]
+            total = total + layer.formula(layer.sized(values))
+        return total
+
+    def _tensors(self, device: torch.device) -> tuple[Tensor, ...]:
+        key = str(device)
+        if key not in self._on:
+            held = (self.constants, self.matrix, self.factors, self.coefficients)
+            self._on[key] = tuple(tensor.to(device) for tensor in held)
+        return self._on[key]
+
+    def unit(self, name: str) -> str:
+        return self.terms[name].unit
+
+    def reachable(self) -> dict[str, tuple[float, float]]:
+        """Name -> the cost with the smallest masks, and with all of the network."""
+        low, high = self(self.lowest).tolist(), self(self.full).tolist()
+        return {name: (low[i], high[i]) for i, name in enumerate(self.names)}
+
+

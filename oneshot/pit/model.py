@@ -1,0 +1,334 @@
+"""PIT: any network, with masks over its channels, kernels and dilations (arXiv 2203.14768)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from ..cost.counts import COUNTED, MACS, OPS, PARAMS_NO_BIAS, PARAMS_NO_NORM
+from ..cost.spec import CostSpec
+from ..errors import ConfigurationError, ExportError, InputTypeError, UnsupportedModelError
+from ..export.fixed import check_equal
+from ..graph.masked_call import names_of_parameters
+from ..mutables.base import SearchModel
+from ..mutables.masks import ChannelMask, DilationMask, KernelMask
+from .conversion import Granularity, find_space, take_masks
+from .mask_set import MaskSet
+from .masked_cost import CostTerms, MaskedCosts, parameter_terms, spec_terms
+from .search_space import SearchSpace, cut_network, shapes_of
+from .sizes import Sizes
+
+__all__ = ["PIT", "CostArgument"]
+
+CostArgument = str | CostSpec | Sequence[str | CostSpec] | Mapping[str, str | CostSpec]
+_SPECS = {spec.name: spec for spec in (MACS, OPS, PARAMS_NO_BIAS, PARAMS_NO_NORM)}
+_REGULARIZERS = {"size": "params_no_bias", "macs": "macs"}
+
+
+@final
+class PIT(SearchModel):
+    """A copy of ``model`` whose channels, kernels and dilations are under masks; called as the model itself is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: tuple[Any, ...] | None = None,
+        *,
+        example_input: Any = None,
+        cost: CostArgument | None = None,
+        regularizer: str | None = None,
+        train_features: bool = True,
+        train_rf: bool = True,
+        train_dilation: bool = True,
+        exclude: Sequence[str | type[nn.Module]] = (),
+        granularity: Granularity = 1,
+        discrete_cost: bool = False,
+        ignore: Sequence[str | type[nn.Module]] = (),
+        autoconvert_layers: bool = True,
+    ) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(model)
+        self.example = _example(self.network, input_shape, example_input)
+        placed = take_masks(self.network)
+        self.space, own = find_space(
+            self.network, self.example, placed, exclude=exclude, granularity=granularity, autoconvert=autoconvert_layers
+        )
+        if not self.space.labels:
+            raise UnsupportedModelError(_nothing(model, self.space))
+        self.masks = MaskSet(self.space.channels, self.space.kernels, own)
+        self.discrete_cost, self.ignore = discrete_cost, ignore
+        self._train_features, self._train_rf, self._train_dilation = train_features, train_rf, train_dilation
+        self._place_masks()
+        self._follow_flags()
+        self.cost_specification = cost if regularizer is None else _REGULARIZERS[regularizer]
+        self.training = model.training
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.masks.to(device)
+
+    def _place_masks(self) -> None:
+        """Where in the flat vector the indices of each masked dimension lie: all of them gathered at once."""
+        places = self.masks.places(shapes_of(self.network))
+        self._columns = self.space.columns()
+        self._names = names_of_parameters(self.network)
+        self._lengths = [len(places[d]) for d in self._columns]
+        self.register_buffer("gathered", torch.cat([places[d] for d in self._columns]), persistent=False)
+
+    # ---- the masked network --------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            self.masks.clip_()
+        return functional_call(self.network, self._masked_weights(), args, kwargs, tie_weights=False)
+
+    def _masked_weights(self) -> dict[str, Tensor]:
+        """Name -> weight times its masks, under every name it has."""
+        flat = self.masks().hard
+        masked: dict[str, Tensor] = {}
+        for dimension, factor in zip(self._columns, flat[self.gathered].split(self._lengths), strict=True):
+            name = dimension.name
+            weight = masked[name] if name in masked else self._tensor(name)
+            shape = [1] * weight.dim()
+            shape[dimension.dim] = -1
+            masked[name] = weight * factor.to(weight.dtype).view(shape)
+        return {alias: weight for name, weight in masked.items() for alias in self._names[name]}
+
+    def _tensor(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        tensor: Tensor = getattr(self.network.get_submodule(path), leaf)
+        return tensor
+
+    # ---- costs ---------------------------------------------------------------------------------------------------
+
+    @property
+    def cost_specification(self) -> CostArgument | None:
+        return self._cost_specification
+
+    @cost_specification.setter
+    def cost_specification(self, cost: CostArgument | None) -> None:
+        named = _named_costs(cost)
+        sizes = Sizes(self.masks, shapes_of(self.network), self.space.found)
+        self._costs = MaskedCosts([self._terms(name, of_name, sizes) for name, of_name in named.items()], sizes)
+        self._cost_specification = cost
+
+    def _terms(self, name: str, cost: str | CostSpec, sizes: Sizes) -> CostTerms:
+        if cost == "params":
+            terms = parameter_terms(name, "parameters", self.network, sizes, lambda p: 1.0)
+        elif cost == "weight_bytes":
+            terms = parameter_terms(name, "bytes", self.network, sizes, lambda p: 1.0 if p.dim() > 1 else 4.0)
+        else:
+            spec = _SPECS[cost] if isinstance(cost, str) else cost
+            terms = spec_terms(spec, self.network, self.example, sizes, self.space.found.products, self.ignore)
+        return CostTerms(name, terms.unit, terms.parts, terms.asked)
+
+    @property
+    def cost_names(self) -> list[str]:
+        return list(self._costs.names)
+
+    @property
+    def cost(self) -> Tensor:
+        """``get_cost`` of the only cost; ConfigurationError if there are several."""
+        if len(self._costs.names) != 1:
+            raise ConfigurationError(f"cost: this network has the costs {self._costs.names}; take get_cost(name)")
+        return self.get_cost(self._costs.names[0])
+
+    def costs(self) -> dict[str, Tensor]:
+        """All costs by name, as ``get_cost`` returns them, with the masks computed once."""
+        flat = self.masks()
+        hard = self._costs(self.masks.sizes(flat.hard))
+        if not self.discrete_cost:
+            soft = self._costs(self.masks.sizes(flat.soft))
+            hard = hard.detach() + (soft - soft.detach())
+        return dict(zip(self._costs.names, hard, strict=True))
+
+    def get_cost(self, name: str) -> Tensor:
+        """The cost of the network that would be exported now, in its unit."""
+        self._check_cost(name)
+        return self.costs()[name]
+
+    def soft_cost(self, name: str) -> Tensor:
+        """The cost at the relaxed sizes, the sums of |alpha|, of which ``get_cost`` has the gradient."""
+        self._check_cost(name)
+        return self._costs(self.masks.sizes(self.masks().soft))[self._costs.names.index(name)]
+
+    def _check_cost(self, name: str) -> None:
+        if name not in self._costs.names:
+            raise ConfigurationError(f"cost {name!r}: this network has {self._costs.names}")
+
+    def reachable_costs(self) -> dict[str, tuple[float, float]]:
+        """Name -> (smallest, largest) cost of the networks that can be exported."""
+        return self._costs.reachable()
+
+    def get_regularization_loss(self) -> Tensor:
+        """The only cost, for a loss: task + strength * this."""
+        return self.cost
+
+    # ---- parameters ----------------------------------------------------------------------------------------------
+
+    def named_nas_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The alphas of all masks, by their names in this module."""
+        return self.masks.named_parameters(prefix="masks")
+
+    def nas_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_nas_parameters())
+
+    def named_net_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights; with the alphas disjoint and complete."""
+        return self.network.named_parameters(prefix="network")
+
+    def net_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_net_parameters())
+
+    # ---- which masks learn ---------------------------------------------------------------------------------------
+
+    @property
+    def train_features(self) -> bool:
+        """Whether the masks of channels learn."""
+        return self._train_features
+
+    @train_features.setter
+    def train_features(self, value: bool) -> None:
+        self._train_features = value
+        self._follow_flags()
+
+    @property
+    def train_rf(self) -> bool:
+        """Whether the masks of kernel sizes learn."""
+        return self._train_rf
+
+    @train_rf.setter
+    def train_rf(self, value: bool) -> None:
+        self._train_rf = value
+        self._follow_flags()
+
+    @property
+    def train_dilation(self) -> bool:
+        """Whether the masks of dilations learn."""
+        return self._train_dilation
+
+    @train_dilation.setter
+    def train_dilation(self, value: bool) -> None:
+        self._train_dilation = value
+        self._follow_flags()
+
+    def _follow_flags(self, learn: bool = True) -> None:
+        flags = ((ChannelMask, self._train_features), (KernelMask, self._train_rf), (DilationMask, self._train_dilation))
+        for _, mask in self.masks.items():
+            mask.alpha.requires_grad_(learn and any(flag for kind, flag in flags if isinstance(mask, kind)))
+
+    def train_nas_only(self) -> None:
+        """Let the masks learn, as far as the flags say so, and no weight."""
+        self._set_learning(nas=True, net=False)
+
+    def train_net_only(self) -> None:
+        """Let the weights learn, and no mask."""
+        self._set_learning(nas=False, net=True)
+
+    def train_net_and_nas(self) -> None:
+        self._set_learning(nas=True, net=True)
+
+    def _set_learning(self, *, nas: bool, net: bool) -> None:
+        self._follow_flags(nas)
+        for parameter in self.net_parameters():
+            parameter.requires_grad_(net)
+
+    # ---- what was found ------------------------------------------------------------------------------------------
+
+    def arch(self) -> dict[str, Any]:
+        """What the masks keep now: label -> kept units, kernel size or dilation."""
+        return self.masks.decisions()
+
+    def decide(self, arch: Mapping[str, Any]) -> None:
+        """Set the masks to an architecture; ArchMismatchError, with nothing changed, if it is not one of this network."""
+        self.masks.decide(arch)
+
+    def offered(self) -> dict[str, tuple[Hashable, ...]]:
+        """Label -> kind and size of its mask."""
+        return {label: mask.signature() for label, mask in self.masks.items()}
+
+    def check_arch(self, arch: Mapping[str, Any]) -> None:
+        """ArchMismatchError unless the masks can be set to it."""
+        copy.deepcopy(self.masks).decide(arch)
+
+    def export(self) -> nn.Module:
+        """The smaller network, of the user's own classes, compared with this one in eval mode.
+
+        On the example input and on random ones, max |difference| / max |output| is at most 1e-4 in float32 and 1e-9 in
+        float64; else ExportError. The result holds copies of the weights, in the modes that the modules are in.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.rebuilt(self.arch(), [self._on_device(self.example), self._on_device(self.example, random=True)])
+
+    def rebuilt(self, arch: Mapping[str, Any], examples: Sequence[Sequence[Any]] | None) -> nn.Module:
+        """The plain network of an architecture with the weights of this one, verified on ``examples``."""
+        masked = self if arch == self.arch() else copy.deepcopy(self)
+        masked.decide(arch)
+        failure: ExportError | None = None
+        for renumber in (True, False):
+            small = cut_network(masked.space, masked.masks, masked.network, renumber=renumber)
+            try:
+                for args in examples or ():
+                    check_equal(masked, small, args, "the exported network")
+            except ExportError as error:
+                failure = failure or error
+                continue
+            return small
+        assert failure is not None
+        raise failure
+
+    def _on_device(self, args: Sequence[Any], random: bool = False) -> list[Any]:
+        like = next((p for p in self.network.parameters() if p.is_floating_point()), torch.zeros(()))
+
+        def moved(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor.to(like.device)
+            return (torch.randn(tensor.shape) if random else tensor).to(like)
+
+        found: list[Any] = pytree.tree_map_only(Tensor, moved, list(args))
+        return found
+
+    arch_export = export
+
+
+def _example(network: nn.Module, input_shape: tuple[Any, ...] | None, example_input: Any) -> tuple[Any, ...]:
+    """The inputs to follow the network with."""
+    if example_input is not None:
+        if input_shape is not None:
+            warnings.warn("PIT: input_shape and example_input are both given; example_input is taken", stacklevel=3)
+        return tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
+    if input_shape is None:
+        raise ConfigurationError("PIT: the shape of an input is needed: input_shape=(3, 32, 32), without the batch")
+    if not isinstance(input_shape, tuple):
+        raise InputTypeError(f"PIT: input_shape={input_shape!r} is a {type(input_shape).__name__}, a tuple is needed")
+    shapes = input_shape if input_shape and all(isinstance(s, tuple) for s in input_shape) else (input_shape,)
+    parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, *shape, generator=generator).to(parameter) for shape in shapes)
+
+
+def _named_costs(cost: CostArgument | None) -> dict[str, str | CostSpec]:
+    if cost is None:
+        return {"params": "params"}
+    if isinstance(cost, Mapping):
+        named = dict(cost)
+    else:
+        several = [cost] if isinstance(cost, str | CostSpec) else list(cost)
+        named = {one if isinstance(one, str) else one.name: one for one in several}
+    for name, one in named.items():
+        if not isinstance(one, CostSpec) and one not in COUNTED:
+            raise ConfigurationError(f"cost {name!r}: {one!r} is none; allowed are {sorted(COUNTED)} and a CostSpec")
+    return named
+
+
+def _nothing(model: nn.Module, space: SearchSpace) -> str:
+    reasons = [f"{dimension}: {reason}" for dimension, reason in list(space.frozen.items())[:5]]
+    return f"{type(model).__name__} has nothing to search: " + "; ".join(reasons)
+
+

@@ -1,0 +1,75 @@
+"""Sizes of dimensions as functions of the masks: n = c + sum_a m_a s_a, with s_a the size of axis a."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..graph.dimensions import Dimension, Dimensions
+from ..graph.labels import Label
+from ..graph.units import Atoms
+from .mask_set import MaskSet
+
+__all__ = ["Form", "Sizes"]
+
+
+class Form(NamedTuple):
+    """``constant`` indices that stay, and (axis, indices of each of its units) for the others.
+
+    >>> Form(2, ((0, 3),)).at([4])
+    14
+    """
+
+    constant: int
+    parts: tuple[tuple[int, int], ...] = ()
+
+    def at(self, sizes: Sequence[int]) -> int:
+        """The size of the dimension where the axes have these sizes."""
+        return self.constant + sum(count * sizes[axis] for axis, count in self.parts)
+
+
+class Sizes:
+    """The sizes of all dimensions of a network. Axes are numbered as in ``MaskSet``, those of channels first."""
+
+    def __init__(self, masks: MaskSet, shapes: Mapping[str, tuple[int, ...]], found: Dimensions) -> None:
+        self.shapes, self.unit_of = shapes, found.unit_of
+        self.full, self.lowest = masks.full(), masks.lowest()
+        self.n_axes, self.n_channels = masks.n_axes, len(masks.channels)
+        axis_of = masks.axis_of.cpu().numpy()
+        self.of_dimension = {d: self._form(axis_of[place.numpy()]) for d, place in masks.places(shapes).items()}
+        numbers = {axis.label: i for i, axis in enumerate(masks.channels)}
+        axes = [np.full(group.units, numbers.get(group.label, self.n_axes)) for group in found.groups]
+        self.axis_of_unit: Atoms = np.concatenate([*axes, np.full(1, self.n_axes)])  # unit -1: of no group
+
+    def of(self, name: str, dim: int) -> Form:
+        """Of a dimension of a parameter or buffer."""
+        return self.of_dimension.get(Dimension(name, dim), Form(self.shapes[name][dim]))
+
+    def along(self, label: Label, dim: int) -> Form:
+        """Of a dimension of any tensor, by a label that varies along it."""
+        units = np.moveaxis(self.unit_of[label.numpy()], dim, 0)
+        if bool((units == units[:1]).all()):  # they have become one along it: heads, of (heads, size of a head)
+            return Form(label.shape[dim])
+        return self._form(self.axis_of_unit[units.reshape(len(units), -1)[:, 0]])
+
+    def _form(self, axes: Atoms) -> Form:
+        constant, parts = 0, []
+        for axis, count in zip(*np.unique(axes, return_counts=True), strict=True):
+            if axis == self.n_axes:
+                constant = int(count)
+            else:
+                parts.append((int(axis), int(count) // self.full[axis]))
+        return Form(constant, tuple(parts))
+
+    def matrix(self, forms: Sequence[Form]) -> tuple[Tensor, Tensor]:
+        """c of shape (forms,) and m of shape (forms, axes), float64."""
+        constants = torch.tensor([form.constant for form in forms], dtype=torch.float64)
+        matrix = torch.zeros(len(forms), self.n_axes, dtype=torch.float64)
+        for row, form in enumerate(forms):
+            for axis, count in form.parts:
+                matrix[row, axis] = count
+        return constants, matrix
