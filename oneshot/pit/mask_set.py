@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import ArchMismatchError, ConfigurationError
 from ..graph.dimensions import Dimension
@@ -18,9 +19,9 @@ from ..mutables.masks import (
     Mask,
     dilation_count,
     kept_units,
+    longest_gap,
     magnitude,
     octaves,
-    straight_through,
 )
 from .axes import ChannelAxis, KernelAxis
 
@@ -59,6 +60,9 @@ class MaskSet(nn.Module):
             if kernel.dilated:
                 made[kernel.dilation_label] = own.get(kernel.dilation_label) or DilationMask(kernel.taps)
         self.by_label = nn.ModuleDict({label.replace(".", "/"): mask for label, mask in made.items()})
+        labels = [axis.label for axis in channels] + [kernel.kernel_label for kernel in kernels]
+        labels += [kernel.dilation_label for kernel in kernels if kernel.dilated]
+        self._order = [label.replace(".", "/") for label in labels]
         self._set_channel_buffers()
         self._set_kernel_buffers()
         self._starts = self._flat_starts()
@@ -81,9 +85,24 @@ class MaskSet(nn.Module):
     def items(self) -> list[tuple[str, Mask]]:
         return [(label, self[label]) for label in self]
 
+    @torch.no_grad()
     def decisions(self) -> dict[str, Any]:
         """Label -> kept units, kernel size or dilation, JSON-ready."""
-        return {label: mask.decision() for label, mask in self.items()}
+        alphas = [mask.alpha for mask in self._ordered]
+        n, k = len(self.channels), len(self.kernels)
+        found: dict[str, Any] = {}
+        if n:
+            kept = self.kept(magnitude(torch.cat(alphas[:n]))).split([axis.units for axis in self.channels])
+            found.update({a.label: flags.nonzero().flatten().tolist() for a, flags in zip(self.channels, kept, strict=True)})
+        if k:
+            taps = self.taps(alphas[n : n + k], alphas[n + k :])
+            lengths = [kernel.taps for kernel in self.kernels]
+            pieces = zip(self.kernels, taps.of_beta.split(lengths), taps.of_gamma.split(lengths), strict=True)
+            for kernel, of_beta, of_gamma in pieces:
+                found[kernel.kernel_label] = int(of_beta.sum())
+                if kernel.dilated:
+                    found[kernel.dilation_label] = 1 + longest_gap(of_gamma.tolist())
+        return {label: found[label] for label in self}
 
     def decide(self, arch: Mapping[str, Any]) -> None:
         """Set every mask; ArchMismatchError, with nothing changed, unless it has one fitting decision for each."""
@@ -102,9 +121,12 @@ class MaskSet(nn.Module):
                     mask.alpha.copy_(before[label])
             raise ArchMismatchError(f"label {label!r}: {error}") from error
 
+    @torch.no_grad()
     def clip_(self) -> None:
-        for _, mask in self.items():
-            mask.clip_()
+        """All alphas back into [0, 1]."""
+        alphas = [mask.alpha for mask in self._ordered]
+        torch._foreach_clamp_min_(alphas, 0.0)
+        torch._foreach_clamp_max_(alphas, 1.0)
 
     # ---- the flat vector -----------------------------------------------------------------------------------------
 
@@ -115,34 +137,32 @@ class MaskSet(nn.Module):
         self._exact = all(self[a.label].granularity == 1 for a in self.channels)
 
     def _set_kernel_buffers(self) -> None:
-        """Kernels in rows of one matrix, the newest tap in the last column; dilations from the first column."""
-        taps = max((k.taps for k in self.kernels), default=1)
-        steps = max((octaves(k.taps) for k in self.kernels), default=1)
-        n = len(self.kernels)
-        # Integers and flags, which a cast of the network to another precision leaves alone.
-        place, divisor = torch.zeros(n, taps, dtype=torch.int64), torch.ones(n, taps, dtype=torch.int64)
-        step_place, is_last = torch.zeros(n, steps, dtype=torch.int64), torch.zeros(n, steps, dtype=torch.bool)
-        start, step_start = 1, 1  # element 0 of what is gathered is a zero
-        for row, kernel in enumerate(self.kernels):
-            k, g = kernel.taps, octaves(kernel.taps)
-            place[row, taps - k :] = torch.arange(start, start + k)
-            divisor[row, taps - k :] = torch.arange(1, k + 1)
-            start += k
+        """theta^beta = B |beta| + b and theta^gamma = G |gamma| + g over the taps of all kernels, one block each."""
+        taps, steps = sum(k.taps for k in self.kernels), sum(octaves(k.taps) for k in self.kernels if k.dilated)
+        by_beta, of_newest = torch.zeros(taps, taps), torch.zeros(taps)
+        by_gamma, of_largest = torch.zeros(taps, steps), torch.zeros(taps)
+        divisor = torch.ones(taps, dtype=torch.int64)
+        at = step = 0
+        for kernel in self.kernels:
+            k, rows = kernel.taps, slice(at, at + kernel.taps)
+            by_beta[rows, at : at + k - 1] = torch.ones(k, k - 1).tril()
+            of_newest[at + k - 1] = 1
+            divisor[rows] = torch.arange(1, k + 1)
             if kernel.dilated:
-                step_place[row, :g] = torch.arange(step_start, step_start + g)
-                is_last[row, g - 1] = True
-                divisor[row, taps - k :] *= dilation_count(k).sum(0).to(torch.int64)
-                step_start += g
+                reached = dilation_count(k)
+                g = len(reached)
+                by_gamma[rows, step : step + g - 1] = reached[:-1].T
+                of_largest[rows] = reached[-1]
+                divisor[rows] *= reached.sum(0).to(torch.int64)
+                step += g
             else:
-                is_last[row, 0] = True  # a step of 1 reaches every tap
-        distance = torch.arange(taps - 1, -1, -1)
-        reaches = distance % (2 ** torch.arange(steps))[:, None] == 0
-        self._keep("tap_place", place)
-        self._keep("step_place", step_place)
-        self._keep("step_is_last", is_last)
-        self._keep("reaches", reaches)
+                of_largest[rows] = 1
+            at += k
+        self._keep("by_beta", by_beta)
+        self._keep("of_newest", of_newest)
+        self._keep("by_gamma", by_gamma)
+        self._keep("of_largest", of_largest)
         self._keep("divisor", divisor)
-        self._keep("valid_taps", (place > 0).flatten().nonzero().flatten())
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
@@ -195,36 +215,45 @@ class MaskSet(nn.Module):
 
     def forward(self) -> FlatMasks:
         """The vector, of shape (units + taps + 1,)."""
-        hard, soft = [], []
-        if self.channels:
-            theta = magnitude(torch.cat([self[axis.label].alpha for axis in self.channels]))
-            kept = self._kept(theta.detach()).to(theta.dtype)
-            hard.append(theta + (kept - theta).detach())
-            # What stays only because something has to stay costs a whole unit, whatever its alpha.
-            soft.append(torch.where((kept > 0) & (theta <= THRESHOLD), 1.0, theta))
-        if self.kernels:
-            one, other = self._taps()
-            hard.append(one)
-            soft.append(other)
-        last = torch.ones(1, dtype=hard[0].dtype if hard else None, device=self.segments.device)
-        return FlatMasks(torch.cat([*hard, last]), torch.cat([*soft, last]))
+        alphas = [mask.alpha for mask in self._ordered]
+        hard, soft = _FlatMasks.apply(self, *alphas)
+        return FlatMasks(hard, soft)
 
-    def _kept(self, theta: Tensor) -> Tensor:
+    @property
+    def _ordered(self) -> list[Mask]:
+        """Masks of channels, of kernel sizes, of dilations: in the order of the flat vector."""
+        return [self.by_label[key] for key in self._order]  # type: ignore[misc]
+
+    def kept(self, theta: Tensor) -> Tensor:
+        """Which units of all channel axes stay, bool of shape (units,)."""
         if not self._exact:
             return kept_units(theta, self.segments, self.granularity)
-        return _above_or_largest(theta, self.segments, len(self.channels))
+        above = theta > THRESHOLD
+        if theta.device.type == "cpu" and not torch.compiler.is_compiling():
+            counts = theta.new_zeros(len(self.channels)).index_add_(0, self.segments, above.to(theta.dtype))
+            if bool(counts.all()):
+                return above
+        return above | _largest(theta, self.segments, len(self.channels))
 
-    def _taps(self) -> tuple[Tensor, Tensor]:
-        betas = torch.cat([self[k.kernel_label].alpha for k in self.kernels])
-        zero = torch.zeros(1, dtype=betas.dtype, device=betas.device)
-        beta = magnitude(torch.cat([zero, betas]))[self.tap_place]
-        beta = torch.cat([beta[:, :-1], torch.ones_like(beta[:, -1:])], 1).cumsum(1)
-        gammas = [self[k.dilation_label].alpha for k in self.kernels if k.dilated]
-        gamma = magnitude(torch.cat([zero, *gammas]))[self.step_place]
-        gamma = torch.where(self.step_is_last, 1.0, gamma) @ self.reaches.to(gamma.dtype)
-        hard = straight_through(beta) * straight_through(gamma)
-        soft = beta * gamma / self.divisor
-        return hard.flatten()[self.valid_taps], soft.flatten()[self.valid_taps]
+    def taps(self, betas: Sequence[Tensor], gammas: Sequence[Tensor]) -> Taps:
+        """The scores of all taps."""
+        by_beta, by_gamma = self.by_beta.to(betas[0].dtype), self.by_gamma.to(betas[0].dtype)
+        beta = torch.addmv(self.of_newest.to(by_beta.dtype), by_beta, magnitude(torch.cat(betas)))
+        if gammas:
+            gamma = torch.addmv(self.of_largest.to(by_beta.dtype), by_gamma, magnitude(torch.cat(gammas)))
+        else:
+            gamma = self.of_largest.to(by_beta.dtype)
+        return Taps(beta, gamma, (beta > THRESHOLD).to(beta.dtype), (gamma > THRESHOLD).to(beta.dtype))
+
+    def of_taps(self, of_hard: Tensor, of_soft: Tensor, taps: Taps) -> list[Tensor]:
+        """The gradients of all |beta| and all |gamma|, from those of the taps."""
+        soft = of_soft / self.divisor
+        of_beta = torch.addcmul(of_hard * taps.of_gamma, soft, taps.gamma)
+        found = [of_beta @ self.by_beta.to(of_beta.dtype)]
+        if self.by_gamma.shape[1]:
+            of_gamma = torch.addcmul(of_hard * taps.of_beta, soft, taps.beta)
+            found.append(of_gamma @ self.by_gamma.to(of_beta.dtype))
+        return found
 
     # ---- where dimensions lie in it ------------------------------------------------------------------------------
 
@@ -246,17 +275,67 @@ class MaskSet(nn.Module):
     def start(self, label: str) -> int:
         return self._starts[label]
 
-    def dilation_of(self, kernel: KernelAxis) -> int:
-        """What the dilation of a convolution is multiplied with."""
-        return int(self[kernel.dilation_label].decision()) if kernel.dilated else 1
+
+class Taps(NamedTuple):
+    """Of shape (taps,): theta^beta and theta^gamma of every tap, and as 0 or 1 which of them are above the threshold."""
+
+    beta: Tensor
+    gamma: Tensor
+    of_beta: Tensor
+    of_gamma: Tensor
+
+
+class _FlatMasks(torch.autograd.Function):
+    """The flat vectors of a MaskSet, as one node of the autograd graph.
+
+    With theta = |alpha| of a channel, hard = h(theta) has the gradient of theta, and so has soft, except where a unit
+    stays only because one has to. A tap has hard = h(theta^beta) h(theta^gamma), soft = theta^beta theta^gamma / n, so
+    d/d|beta_i| sums over the taps j >= i what is d/d theta^beta_j, and d/d|gamma_p| over the taps that 2^p reaches.
+
+    What the backward pass needs is kept on ``ctx`` itself, and stays after it: the loss and the costs of one step share
+    this node, and may call ``backward`` one after the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, masks: MaskSet, *alphas: Tensor) -> tuple[Tensor, Tensor]:
+        n, k = len(masks.channels), len(masks.kernels)
+        ctx.masks, ctx.sizes = masks, [len(alpha) for alpha in alphas]
+        ctx.negative = torch.cat(alphas) < 0
+        hard, soft = [], []
+        if n:
+            theta = magnitude(torch.cat(alphas[:n]))
+            kept = masks.kept(theta)
+            ctx.forced = kept & (theta <= THRESHOLD)
+            hard.append(kept.to(theta.dtype))
+            soft.append(theta.masked_fill(ctx.forced, 1.0))
+        if k:
+            ctx.taps = taps = masks.taps(alphas[n : n + k], alphas[n + k :])
+            hard.append(taps.of_beta * taps.of_gamma)
+            soft.append(taps.beta * taps.gamma / masks.divisor)
+        one = alphas[0].new_ones(1)
+        return torch.cat([*hard, one]), torch.cat([*soft, one])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_hard: Tensor, of_soft: Tensor) -> Any:
+        masks = ctx.masks
+        units = len(masks.segments)
+        parts = []
+        if units:
+            parts.append(of_hard[:units] + of_soft[:units].masked_fill(ctx.forced, 0.0))
+        if masks.kernels:
+            parts += masks.of_taps(of_hard[units:-1], of_soft[units:-1], ctx.taps)
+        flat = torch.cat(parts)
+        flat = torch.where(ctx.negative, -flat, flat)
+        return None, *flat.split(ctx.sizes)
 
 
 @torch.no_grad()
-def _above_or_largest(theta: Tensor, segments: Tensor, masks: int) -> Tensor:
-    """``kept_units`` for a granularity of 1, without sorting."""
+def _largest(theta: Tensor, segments: Tensor, masks: int) -> Tensor:
+    """The largest unit of each mask, of equal ones the last: bool of shape (units,)."""
     places = torch.arange(len(theta), device=theta.device)
     largest = torch.zeros(masks, dtype=theta.dtype, device=theta.device).scatter_reduce_(0, segments, theta, "amax")
     last = torch.zeros(masks, dtype=torch.int64, device=theta.device).scatter_reduce_(
         0, segments, torch.where(theta == largest[segments], places, -1), "amax"
     )
-    return (theta > THRESHOLD) | (places == last[segments])
+    return places == last[segments]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
@@ -22,6 +23,7 @@ from ..cost.counts import Counted, counted_layers
 from ..cost.spec import CostSpec, Formula, LayerSpec, operator_spec, read_layer
 from ..graph import Call, Operation, Value
 from ..graph.dimensions import Product
+from .mask_set import FlatMasks, MaskSet
 from .sizes import Form, Sizes
 
 __all__ = ["CostTerms", "MaskedCosts", "parameter_terms", "spec_terms"]
@@ -280,6 +282,18 @@ class MaskedCosts:
         self.lowest = torch.tensor(sizes.lowest, dtype=torch.float64)
         self._on: dict[str, tuple[Tensor, ...]] = {}
 
+    def of(self, masks: MaskSet, flat: FlatMasks, *, discrete: bool) -> Tensor:
+        """Every cost of the network that these masks leave, of shape (costs,).
+
+        The gradient is that of the cost at the relaxed sizes, or, if ``discrete``, at the sizes themselves.
+        """
+        leads = flat.hard if discrete else flat.soft
+        if any(self.terms[name].asked for name in self.names):
+            surrogate = self(masks.sizes(leads))
+            return surrogate + (self(masks.sizes(flat.hard.detach())) - surrogate).detach()
+        costs: Tensor = _Polynomials.apply(flat.hard, leads, masks, self._tensors(leads.device))
+        return costs
+
     def __call__(self, sizes: Tensor) -> Tensor:
         """Every cost, of shape (costs,), from the sizes of the axes, of shape (axes,); differentiable."""
         constants, matrix, factors, coefficients = self._tensors(sizes.device)
@@ -311,3 +325,32 @@ class MaskedCosts:
         return {name: (low[i], high[i]) for i, name in enumerate(self.names)}
 
 
+
+
+class _Polynomials(torch.autograd.Function):
+    """cost_k = sum_t c_kt prod_j n_tj with n = c + M s, at one s, with the gradient at another one; one node.
+
+    dcost_k/ds = sum_t c_kt sum_j (prod_{i != j} n_ti) M[place of j in t].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hard: Tensor, leads: Tensor, masks: MaskSet, tensors: tuple[Tensor, ...]) -> Tensor:
+        constants, matrix, factors, coefficients = tensors
+        ctx.masks, ctx.tensors, ctx.dtype = masks, tensors, leads.dtype
+        ctx.save_for_backward(leads)
+        return coefficients @ (constants + matrix @ masks.sizes(hard))[factors].prod(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        constants, matrix, factors, coefficients = ctx.tensors
+        n = (constants + matrix @ ctx.masks.sizes(ctx.saved_tensors[0]))[factors]
+        # The product of all factors but one, without dividing by what may be zero.
+        before = torch.cat([torch.ones_like(n[:, :1]), n[:, :-1].cumprod(1)], 1)
+        after = torch.cat([n[:, 1:].flip(1).cumprod(1).flip(1), torch.ones_like(n[:, :1])], 1)
+        of_terms = gradient @ coefficients
+        of_forms = torch.zeros_like(constants).index_add_(
+            0, factors.flatten(), (before * after * of_terms[:, None]).flatten()
+        )
+        of_axes = torch.cat([of_forms @ matrix, of_forms.new_zeros(1)])
+        return None, (of_axes[ctx.masks.axis_of] * ctx.masks.count_of).to(ctx.dtype), None, None

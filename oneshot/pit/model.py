@@ -16,14 +16,16 @@ from ..cost.counts import COUNTED, MACS, OPS, PARAMS_NO_BIAS, PARAMS_NO_NORM
 from ..cost.spec import CostSpec
 from ..errors import ConfigurationError, ExportError, InputTypeError, UnsupportedModelError
 from ..export.fixed import check_equal
+from ..graph.dimensions import Dimension
 from ..graph.masked_call import names_of_parameters
 from ..mutables.base import SearchModel
 from ..mutables.masks import ChannelMask, DilationMask, KernelMask
 from .conversion import Granularity, find_space, take_masks
-from .mask_set import MaskSet
+from .mask_set import FlatMasks, MaskSet
 from .masked_cost import CostTerms, MaskedCosts, parameter_terms, spec_terms
 from .search_space import SearchSpace, cut_network, shapes_of
 from .sizes import Sizes
+from .step import MaskedWeights, Masking
 
 __all__ = ["PIT", "CostArgument"]
 
@@ -54,6 +56,7 @@ class PIT(SearchModel):
         autoconvert_layers: bool = True,
     ) -> None:
         super().__init__()
+        self._flat_of_step: FlatMasks | None = None
         self.network = copy.deepcopy(model)
         self.example = _example(self.network, input_shape, example_input)
         placed = take_masks(self.network)
@@ -75,29 +78,43 @@ class PIT(SearchModel):
     def _place_masks(self) -> None:
         """Where in the flat vector the indices of each masked dimension lie: all of them gathered at once."""
         places = self.masks.places(shapes_of(self.network))
-        self._columns = self.space.columns()
-        self._names = names_of_parameters(self.network)
-        self._lengths = [len(places[d]) for d in self._columns]
-        self.register_buffer("gathered", torch.cat([places[d] for d in self._columns]), persistent=False)
+        of_weight: dict[str, list[Dimension]] = {}
+        for dimension in self.space.columns():
+            of_weight.setdefault(dimension.name, []).append(dimension)
+        names = names_of_parameters(self.network)
+        self._aliases = [names[name] for name in of_weight]
+        self._maskings = []
+        gathered, at = [], 0
+        for name, dimensions in of_weight.items():
+            lengths = [len(places[d]) for d in dimensions]
+            ends = [at + sum(lengths[: i + 1]) for i in range(len(lengths))]
+            starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+            rank = self._tensor(name).dim()
+            self._maskings.append(Masking(rank, tuple(d.dim for d in dimensions), tuple(starts), tuple(ends)))
+            gathered += [places[d] for d in dimensions]
+            at = ends[-1]
+        self.register_buffer("gathered", torch.cat(gathered), persistent=False)
 
     # ---- the masked network --------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and torch.is_grad_enabled():
+        learns = self.training and torch.is_grad_enabled()
+        if learns:
             self.masks.clip_()
-        return functional_call(self.network, self._masked_weights(), args, kwargs, tie_weights=False)
+        flat = self.masks()
+        # The costs of the same step take these masks over: they are what the loss of this forward belongs to.
+        self._flat_of_step = flat if learns and not torch.compiler.is_compiling() else None
+        return functional_call(self.network, self._masked_weights(flat.hard), args, kwargs, tie_weights=False)
 
-    def _masked_weights(self) -> dict[str, Tensor]:
+    def _masked_weights(self, hard: Tensor) -> dict[str, Tensor]:
         """Name -> weight times its masks, under every name it has."""
-        flat = self.masks().hard
-        masked: dict[str, Tensor] = {}
-        for dimension, factor in zip(self._columns, flat[self.gathered].split(self._lengths), strict=True):
-            name = dimension.name
-            weight = masked[name] if name in masked else self._tensor(name)
-            shape = [1] * weight.dim()
-            shape[dimension.dim] = -1
-            masked[name] = weight * factor.to(weight.dtype).view(shape)
-        return {alias: weight for name, weight in masked.items() for alias in self._names[name]}
+        weights = [self._tensor(aliases[0]) for aliases in self._aliases]
+        masked = MaskedWeights.apply(hard[self.gathered], self._maskings, *weights)
+        return {alias: weight for aliases, weight in zip(self._aliases, masked, strict=True) for alias in aliases}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a network hold no part of a graph.
+        return {**self.__dict__, "_flat_of_step": None}
 
     def _tensor(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
@@ -140,12 +157,11 @@ class PIT(SearchModel):
 
     def costs(self) -> dict[str, Tensor]:
         """All costs by name, as ``get_cost`` returns them, with the masks computed once."""
-        flat = self.masks()
-        hard = self._costs(self.masks.sizes(flat.hard))
-        if not self.discrete_cost:
-            soft = self._costs(self.masks.sizes(flat.soft))
-            hard = hard.detach() + (soft - soft.detach())
-        return dict(zip(self._costs.names, hard, strict=True))
+        flat, self._flat_of_step = self._flat_of_step, None
+        if flat is None:
+            flat = self.masks()
+        found = self._costs.of(self.masks, flat, discrete=self.discrete_cost)
+        return dict(zip(self._costs.names, found.unbind(), strict=True))
 
     def get_cost(self, name: str) -> Tensor:
         """The cost of the network that would be exported now, in its unit."""

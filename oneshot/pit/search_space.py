@@ -84,9 +84,10 @@ def cut_network(space: SearchSpace, masks: MaskSet, model: nn.Module, *, renumbe
     flat = masks().hard.detach().cpu() > 0
     kept = {dimension: flat[place].nonzero().flatten() for dimension, place in masks.places(shapes_of(model)).items()}
     dilations = {}
+    decisions = masks.decisions()
     for kernel in space.kernels:
         conv = model.get_submodule(kernel.weight.rpartition(".")[0])
-        factor = masks.dilation_of(kernel)
+        factor = decisions[kernel.dilation_label] if kernel.dilated else 1
         dilations[kernel.weight] = tuple(d * factor for d in conv.dilation)  # type: ignore[union-attr]
     numbers = None
     if renumber:
