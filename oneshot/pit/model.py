@@ -16,7 +16,6 @@ from ..cost.counts import COUNTED, MACS, OPS, PARAMS_NO_BIAS, PARAMS_NO_NORM
 from ..cost.spec import CostSpec
 from ..errors import ConfigurationError, ExportError, InputTypeError, UnsupportedModelError
 from ..export.fixed import check_equal
-from ..graph.dimensions import Dimension
 from ..graph.masked_call import names_of_parameters
 from ..mutables.base import SearchModel
 from ..mutables.masks import ChannelMask, DilationMask, KernelMask
@@ -25,7 +24,7 @@ from .mask_set import FlatMasks, MaskSet
 from .masked_cost import CostTerms, MaskedCosts, parameter_terms, spec_terms
 from .search_space import SearchSpace, cut_network, shapes_of
 from .sizes import Sizes
-from .step import MaskedWeights, Masking
+from .step import WeightMasks
 
 __all__ = ["PIT", "CostArgument"]
 
@@ -76,24 +75,15 @@ class PIT(SearchModel):
         self.masks.to(device)
 
     def _place_masks(self) -> None:
-        """Where in the flat vector the indices of each masked dimension lie: all of them gathered at once."""
-        places = self.masks.places(shapes_of(self.network))
-        of_weight: dict[str, list[Dimension]] = {}
-        for dimension in self.space.columns():
-            of_weight.setdefault(dimension.name, []).append(dimension)
+        """Where in the flat vector the indices of each masked dimension lie."""
+        shapes = shapes_of(self.network)
+        ranks = {name: len(shape) for name, shape in shapes.items()}
+        columns = self.space.columns()
+        self.weight_masks = WeightMasks(self.masks.places(shapes), columns, ranks, self.masks.size - 1)
         names = names_of_parameters(self.network)
-        self._aliases = [names[name] for name in of_weight]
-        self._maskings = []
-        gathered, at = [], 0
-        for name, dimensions in of_weight.items():
-            lengths = [len(places[d]) for d in dimensions]
-            ends = [at + sum(lengths[: i + 1]) for i in range(len(lengths))]
-            starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-            rank = self._tensor(name).dim()
-            self._maskings.append(Masking(rank, tuple(d.dim for d in dimensions), tuple(starts), tuple(ends)))
-            gathered += [places[d] for d in dimensions]
-            at = ends[-1]
-        self.register_buffer("gathered", torch.cat(gathered), persistent=False)
+        self._aliases = [names[name] for name in self.weight_masks.names]
+        owners = [name.rpartition(".") for name in self.weight_masks.names]
+        self._owners = [(self.network.get_submodule(path), leaf) for path, _, leaf in owners]
 
     # ---- the masked network --------------------------------------------------------------------------------------
 
@@ -108,18 +98,13 @@ class PIT(SearchModel):
 
     def _masked_weights(self, hard: Tensor) -> dict[str, Tensor]:
         """Name -> weight times its masks, under every name it has."""
-        weights = [self._tensor(aliases[0]) for aliases in self._aliases]
-        masked = MaskedWeights.apply(hard[self.gathered], self._maskings, *weights)
+        weights = [getattr(module, leaf) for module, leaf in self._owners]
+        masked = self.weight_masks(hard, weights)
         return {alias: weight for aliases, weight in zip(self._aliases, masked, strict=True) for alias in aliases}
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a network hold no part of a graph.
         return {**self.__dict__, "_flat_of_step": None}
-
-    def _tensor(self, name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        tensor: Tensor = getattr(self.network.get_submodule(path), leaf)
-        return tensor
 
     # ---- costs ---------------------------------------------------------------------------------------------------
 
@@ -147,6 +132,11 @@ class PIT(SearchModel):
     @property
     def cost_names(self) -> list[str]:
         return list(self._costs.names)
+
+    def cost_unit(self, name: str) -> str:
+        """The unit of a cost."""
+        self._check_cost(name)
+        return self._costs.unit(name)
 
     @property
     def cost(self) -> Tensor:

@@ -1,90 +1,112 @@
-"""What a training step adds to that of the plain network, each as one node of the autograd graph.
+"""What a training step adds to that of the plain network: masked weights, as one node of the autograd graph.
 
-Written by hand because a small network's step is mostly overhead of single operators: masks, masked weights and costs
-are some ten operators forward and backward each, whatever the number of layers. All three are once differentiable.
+Written by hand because a small network's step is mostly overhead of single operators: here they are a few for the whole
+network, and one or two for each layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["MaskedWeights", "Masking"]
+from ..graph.dimensions import Dimension
+
+__all__ = ["WeightMasks"]
+
+MOST_DIMENSIONS = 3
 
 
-class Masking(NamedTuple):
-    """How one weight is masked: its dimensions, and for each the first and last place among the gathered factors."""
+class WeightMasks(nn.Module):
+    """The masks of all weights of a network, from its flat vector.
 
-    rank: int
-    dims: tuple[int, ...]
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
+    The mask of a weight has one element for every combination of indices of its masked dimensions, the product of their
+    elements in the vector, and size 1 along the others. All masks together are one long vector.
 
-    def factors(self, gathered: Tensor, weight: Tensor) -> list[Tensor]:
-        """One factor per masked dimension, ready to be broadcast."""
-        found = []
-        for dim, start, end in zip(self.dims, self.starts, self.ends, strict=True):
-            shape = [1] * self.rank
-            shape[dim] = end - start
-            found.append(gathered[start:end].view(shape).to(weight.dtype))
-        return found
+    ``shapes``: weight -> the shape of its mask. ``sums``: weight -> the dimensions along which its mask is the same.
+    """
+
+    def __init__(
+        self, places: Mapping[Dimension, Tensor], columns: Sequence[Dimension], ranks: Mapping[str, int], one: int
+    ) -> None:
+        super().__init__()
+        of_weight: dict[str, list[Dimension]] = {}
+        for dimension in columns:
+            of_weight.setdefault(dimension.name, []).append(dimension)
+        self.names = list(of_weight)
+        self.shapes: list[list[int]] = []
+        self.sums: list[list[int]] = []
+        rows: list[Tensor] = []
+        for name, dimensions in of_weight.items():
+            sizes = {d.dim: len(places[d]) for d in dimensions}
+            shape = [sizes.get(d, 1) for d in range(ranks[name])]
+            factors = []
+            for dimension in dimensions:
+                along = [-1 if d == dimension.dim else 1 for d in range(ranks[name])]
+                factors.append(places[dimension].view(along).expand(shape).flatten())
+            factors += [torch.full_like(factors[0], one)] * (MOST_DIMENSIONS - len(factors))
+            rows.append(torch.stack(factors))
+            self.shapes.append(shape)
+            self.sums.append([d for d in range(ranks[name]) if d not in sizes])
+        self.lengths = [row.shape[1] for row in rows]
+        factor_rows = torch.cat(rows, 1)
+        used = [row for row in factor_rows if bool((row != one).any())]
+        self.register_buffer("factors", torch.stack(used), persistent=False)
+
+    def forward(self, hard: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each weight times its mask, in the order of ``names``; ``hard``: the flat vector."""
+        masked: tuple[Tensor, ...] = _MaskedWeights.apply(hard, self, *weights)
+        return masked
+
+    def pieces(self, vector: Tensor) -> list[Tensor]:
+        """The long vector, as one mask for each weight."""
+        return [piece.view(shape) for piece, shape in zip(vector.split(self.lengths), self.shapes, strict=True)]
 
 
-class MaskedWeights(torch.autograd.Function):
-    """W_l' = W_l prod_d m_ld for all layers l, where m_ld are pieces of ``gathered``.
+class _MaskedWeights(torch.autograd.Function):
+    """W_l' = W_l M_l, and M the product of up to three elements of the flat vector m: M_e = m_a(e) m_b(e) m_c(e).
 
-    dL/dW_l = G_l prod_d m_ld, and dL/dm_ld = sum over the other dimensions of G_l W_l prod_{e != d} m_le, with
-    G_l = dL/dW_l'.
+    dL/dW_l = G_l M_l with G_l = dL/dW_l'. dL/dM_e is the sum of G_l W_l over what shares e, and dL/dm collects
+    dL/dM_e m_b(e) m_c(e) at a(e), and so on.
     """
 
     @staticmethod
-    def forward(ctx: Any, gathered: Tensor, maskings: Sequence[Masking], *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.maskings = maskings
-        ctx.save_for_backward(gathered, *weights)
-        masked = []
-        for masking, weight in zip(maskings, weights, strict=True):
-            factors = masking.factors(gathered, weight)
-            mask = factors[0] if len(factors) == 1 else _product(factors)
-            masked.append(weight * mask)
-        return tuple(masked)
+    def forward(ctx: Any, hard: Tensor, masks: WeightMasks, *weights: Tensor) -> tuple[Tensor, ...]:
+        factors = hard[masks.factors]
+        vector = factors.prod(0) if len(factors) > 1 else factors[0]
+        ctx.masks, ctx.size = masks, len(hard)
+        ctx.save_for_backward(factors, vector, *weights)
+        return tuple(w * m for w, m in zip(weights, _of_type(masks.pieces(vector), weights), strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        gathered, *weights = ctx.saved_tensors
-        pieces: list[Tensor] = []
-        of_weights: list[Tensor | None] = []
-        for i, (masking, weight, gradient) in enumerate(zip(ctx.maskings, weights, gradients, strict=True)):
-            if gradient is None:
-                of_weights.append(None)
-                pieces += [gathered.new_zeros(e - s) for s, e in zip(masking.starts, masking.ends, strict=True)]
-                continue
-            factors = masking.factors(gathered, weight)
-            mask = factors[0] if len(factors) == 1 else _product(factors)
-            of_weights.append(gradient * mask if ctx.needs_input_grad[2 + i] else None)
-            if ctx.needs_input_grad[0]:
-                pieces += _of_factors(gradient * weight, masking, factors, gathered.dtype)
-        return torch.cat(pieces) if ctx.needs_input_grad[0] else None, None, *of_weights
+        masks: WeightMasks = ctx.masks
+        factors, vector, *weights = ctx.saved_tensors
+        given = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
+        of_weights: list[Tensor | None] = [None] * len(weights)
+        if any(ctx.needs_input_grad[2:]):
+            pieces = _of_type(masks.pieces(vector), weights)
+            of_weights = [
+                None if g is None or not needed else g * m
+                for g, m, needed in zip(gradients, pieces, ctx.needs_input_grad[2:], strict=True)
+            ]
+        if not ctx.needs_input_grad[0]:
+            return None, None, *of_weights
+        sums = [(g * w).sum(dims).flatten() for g, w, dims in zip(given, weights, masks.sums, strict=True)]
+        of_vector = torch.cat(sums).to(vector.dtype)
+        of_hard = vector.new_zeros(ctx.size)
+        for i, places in enumerate(masks.factors):
+            others = [factors[j] for j in range(len(factors)) if j != i]
+            of_place = of_vector
+            for other in others:
+                of_place = of_place * other
+            of_hard.index_add_(0, places, of_place)
+        return of_hard, None, *of_weights
 
 
-def _product(factors: Sequence[Tensor]) -> Tensor:
-    product = factors[0]
-    for factor in factors[1:]:
-        product = product * factor
-    return product
-
-
-def _of_factors(
-    product: Tensor, masking: Masking, factors: Sequence[Tensor], dtype: torch.dtype
-) -> list[Tensor]:
-    """The gradient of each factor, in the order of their places."""
-    found = []
-    for i, dim in enumerate(masking.dims):
-        others = [factor for j, factor in enumerate(factors) if j != i]
-        rest = product * _product(others) if others else product
-        found.append(rest.sum([d for d in range(masking.rank) if d != dim]).to(dtype))
-    return found
+def _of_type(masks: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    return [m if m.dtype == w.dtype else m.to(w.dtype) for m, w in zip(masks, weights, strict=True)]
