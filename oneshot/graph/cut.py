@@ -44,9 +44,7 @@ def cut(
             for d in dims:
                 small = small.index_select(d, kept[Dimension(name, d)].to(small.device))
             small = small.clone() if small is tensor else small
-            memo[id(tensor)] = (
-                nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
-            )
+            memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
     copied = _copied(model, memo)
     originals = dict(model.named_modules())
     for path, module in copied.named_modules():
@@ -155,7 +153,8 @@ def _with_smaller_kernel(
     even = all(left == right >= 0 for left, right in sides)
     conv.padding = tuple(left for left, _ in sides) if even else (0,) * len(sides)
     conv._reversed_padding_repeated_twice = [n for left, right in reversed(sides) for n in (left, right)]
-    if before.padding == "same" and _same_padding(conv) == sides:
+    # torch warns of 'same' where one side gets more: it copies the input into a larger one, as a pad in front does.
+    if even and before.padding == "same" and _same_padding(conv) == sides:
         conv.padding = "same"
         return model
     if even:

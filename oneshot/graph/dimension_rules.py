@@ -7,7 +7,7 @@ not in the table is pointwise if torch says so (``torch.Tag.pointwise``); all el
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -16,14 +16,25 @@ from torch import Tensor
 from .labels import Label, Labelled, Labels, atoms_of, dims_of
 from .operators import Operator, Value
 
-__all__ = ["RULES", "Given", "Rule", "rule_for"]
+__all__ = ["RULES", "Given", "Rule", "is_product", "rule_for"]
 
 
 class Given:
-    """One call of an operator, with the labels of the tensors it got."""
+    """One call of an operator, with the labels of the tensors it got.
 
-    def __init__(self, labels: Labels, operator: Operator, known: Mapping[int, Labelled], integers: Mapping[int, Tensor]):
+    ``literal``: the numbers in its arguments can be rewritten, so that labels may move where they say.
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        operator: Operator,
+        known: Mapping[int, Labelled],
+        integers: Mapping[int, Tensor],
+        literal: bool = False,
+    ) -> None:
         self.labels, self.operator, self.known, self.integers = labels, operator, known, integers
+        self.literal = literal
         self.name, self.args, self.kwargs = operator.name, operator.args, operator.kwargs
         self.out_shapes = [value.shape for value in operator.outputs]
 
@@ -69,7 +80,12 @@ def rule_for(name: str) -> Rule:
     return _pointwise if _is_pointwise(base) else _unknown
 
 
-@lru_cache(maxsize=None)
+def is_product(name: str) -> bool:
+    """Whether an operator sums products."""
+    return RULES.get(name.rstrip("_")) in (_convolution, _product, _added_product, _linear, _attention)
+
+
+@cache
 def _is_pointwise(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None)
     overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
@@ -190,6 +206,8 @@ def _split_label(given: Given, label: Label, dim: int, lengths: Sequence[int]) -
         if len(dims_of(label)) > 1:  # (3, heads, d): its other dimensions keep the label, this one keeps its length
             return given.labels.tied(label, {dim}, given.what)
         given.labels.freeze([label], f"{given.what}: single positions of it are taken")
+    elif given.literal:
+        return label
     elif len(set(lengths)) > 1:
         given.labels.freeze([label], f"{given.what}: pieces of fixed lengths {list(lengths)}")
     elif len(dims_of(label)) > 1:
@@ -218,9 +236,11 @@ def _slice(given: Given) -> list[Labelled]:
         return [source]
     labels = []
     for label in source.labels:
-        if dim in dims_of(label) and given.name == "select" and len(dims_of(label)) > 1:
+        if given.literal or dim not in dims_of(label):
+            pass
+        elif given.name == "select" and len(dims_of(label)) > 1:
             label = given.labels.tied(label, {dim}, given.what)
-        elif dim in dims_of(label):
+        else:
             given.labels.freeze([label], f"{given.what}: positions that the code names")
         labels.append(label)
     packet = getattr(torch.ops.aten, given.name)
@@ -243,6 +263,11 @@ def _index(given: Given) -> list[Labelled]:
     indexed = {d for d, place in zip(dims, places, strict=True) if place is not None}
     others = [given.of(place) for place in places if isinstance(place, Value)]
     given.freeze(*others, why="used as an index")
+    if given.literal and len(indexed) == 1:
+        (dim,) = indexed
+        chosen = _chosen(given, places[dims.index(dim)])
+        if chosen is not None:
+            return [_taken(given, source, dim, chosen)]
     labels = []
     for label in source.labels:
         if dims_of(label) & indexed:
@@ -262,6 +287,23 @@ def _index(given: Given) -> list[Labelled]:
         return taken
 
     return [given.labels.compact(Labelled(shape, tuple(take(s) for s in labels)), given.what)]
+
+
+def _chosen(given: Given, index: Value) -> Tensor | None:
+    """The positions that a constant vector of integers or flags names."""
+    tensor = given.integers.get(index.number)
+    if tensor is None or tensor.dim() != 1:
+        return None
+    return tensor.nonzero().flatten() if tensor.dtype is torch.bool else tensor.to("cpu", torch.int64)
+
+
+def _taken(given: Given, source: Labelled, dim: int, chosen: Tensor) -> Labelled:
+    places = chosen % source.shape[dim]
+
+    def take(label: Label) -> Label:
+        return label.index_select(dim, places) if label.shape[dim] > 1 else label
+
+    return given.labels.compact(source.moved(take, given.out_shapes[0]), given.what)
 
 
 def _embedding(given: Given) -> list[Labelled]:
@@ -316,7 +358,7 @@ def _padded(given: Given) -> list[Labelled]:
     found = []
     for label in source.labels:
         touched = {d: sides[d] for d in sides if d in dims_of(label)}
-        if any(min(amounts) < 0 for amounts in touched.values()):
+        if any(min(amounts) < 0 for amounts in touched.values()) and not given.literal:
             given.labels.freeze([label], f"{given.what}: positions that the code crops")
             return []
         full = [touched.get(rank - 1 - i // 2, (0, 0))[i % 2] for i in range(2 * rank)]
@@ -360,9 +402,7 @@ def _convolution(given: Given) -> list[Labelled]:
     return [Labelled(out, tuple(s.reshape(spread) for s in result.labels))]
 
 
-def _whole_groups(
-    given: Given, x_in: tuple[Label, ...], w_out: tuple[Label, ...], groups: int
-) -> tuple[Label, ...]:
+def _whole_groups(given: Given, x_in: tuple[Label, ...], w_out: tuple[Label, ...], groups: int) -> tuple[Label, ...]:
     """The inputs and outputs of one group of a convolution are a unit."""
     if len(x_in) != 1 or len(w_out) != 1:
         given.labels.freeze([*x_in, *w_out], f"{given.what}: {groups} groups of an input that is not cut")
@@ -486,7 +526,7 @@ def _batch_norm(given: Given) -> list[Labelled]:
     x = given.first
     vectors = [given.of(value) for value in given.args[1:5] if isinstance(value, Value) and value.shape]
     spread = [1, -1] + [1] * (len(x.shape) - 2)
-    shaped = [v.moved(lambda s: s.reshape(spread), [1, v.shape[0]] + spread[2:]) for v in vectors if v.shape != (0,)]
+    shaped = [v.moved(lambda s: s.reshape(spread), [1, v.shape[0], *spread[2:]]) for v in vectors if v.shape != (0,)]
     return [given.labels.pointwise([x, *shaped], given.what)]
 
 
@@ -513,7 +553,7 @@ def _group_norm(given: Given) -> list[Labelled]:
     if groups == 1:
         given.freeze(x, why="normalised over it")
     spread = [1, -1] + [1] * (len(x.shape) - 2)
-    shaped = [given.of(v).moved(lambda s: s.reshape(spread), [1, v.shape[0]] + spread[2:]) for v in vectors]
+    shaped = [given.of(v).moved(lambda s: s.reshape(spread), [1, v.shape[0], *spread[2:]]) for v in vectors]
     return [given.labels.pointwise([x, *shaped], given.what)]
 
 

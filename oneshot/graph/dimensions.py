@@ -7,18 +7,19 @@ Every index of every dimension of every parameter is labelled, the operators of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .dimension_rules import Given, rule_for
+from .dimension_rules import Given, is_product, rule_for
 from .labels import Label, Labelled, Labels, dims_of
 from .operators import Junction, Operator, Program
+from .pieces import never_empty
 from .units import Atoms
 
 __all__ = ["Dimension", "Dimensions", "Group", "Number", "find_dimensions"]
@@ -65,16 +66,26 @@ class Number(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Product:
+    """An operator that sums products, with the labels of its tensors, by the number of their value."""
+
+    operator: Operator
+    labelled: Mapping[int, Labelled]
+
+
+@dataclass(frozen=True)
 class Dimensions:
     """What was found: groups that may be cut, and why other dimensions may not.
 
-    ``numbers``: sizes that the code of a network hands to operators. ``unit_of``: atom -> its group and unit, or -1.
+    ``numbers``: sizes that the code of a network hands to operators. ``unit_of``: atom -> its unit, counted through the
+    groups, or -1. ``products``: what multiplies and sums, in the first program.
     """
 
     groups: tuple[Group, ...]
     frozen: Mapping[Dimension, str]
     numbers: tuple[Number, ...]
     unit_of: Atoms
+    products: tuple[Product, ...] = ()
 
     def renumbered(self, kept: Mapping[str, Tensor]) -> dict[str, dict[int, int]]:
         """Path -> number -> the same number once only the ``kept`` units (group label -> flags) are left.
@@ -96,10 +107,14 @@ class Dimensions:
         return {path: numbers for path, numbers in sure.items() if numbers}
 
 
-def find_dimensions(programs: Sequence[Program], model: nn.Module, exclude: Mapping[Dimension, str]) -> Dimensions:
+def find_dimensions(
+    programs: Sequence[Program], model: nn.Module, exclude: Mapping[Dimension, str], *, literals: bool = False
+) -> Dimensions:
     """The groups of a model, from the programs of its runs (one in eval mode, one in train mode, say).
 
-    ``exclude``: dimensions to keep, with the reason.
+    ``exclude``: dimensions to keep, with the reason. ``literals``: ``model`` is a graph of ``graph_of``, whose numbers
+    will be rewritten to those of the cut network: slices, indices and the pieces of a split then need not stay. Of each
+    piece something is left, whatever is cut.
 
     >>> from oneshot.graph import trace_operators
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -109,25 +124,29 @@ def find_dimensions(programs: Sequence[Program], model: nn.Module, exclude: Mapp
     >>> found.frozen[Dimension("2.weight", 0)]
     'an output of the network'
     """
-    finder = _Finder(model)
+    finder = Finder(model, literals)
     for program in programs:
         finder.follow(program)
+        finder.products = finder.products or finder.followed
     for dimension, reason in exclude.items():
         finder.freeze(dimension, reason)
     finder.labels.settle_grids()
     return finder.found()
 
 
-class _Finder:
+class Finder:
     """Follows programs; parameters have the same labels in all of them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, literals: bool = False) -> None:
         self.labels = Labels()
+        self.literals = literals
+        self.carried: list[Label] = []
         self.names: list[Dimension] = []
         self.starts: list[int] = []
         self.sizes: list[int] = []
         self.of_name: dict[str, Labelled] = {}
         self.numbers: list[Number] = []
+        self.products: list[Product] = []
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() or tensor.is_complex():
                 self.of_name[name] = self._labelled(name, tensor)
@@ -143,7 +162,9 @@ class _Finder:
                 found.append(torch.from_numpy(atoms).reshape([-1 if i == d else 1 for i in range(tensor.dim())]))
         return Labelled(tuple(tensor.shape), tuple(found), weight=True)
 
-    def follow(self, program: Program) -> None:
+    def follow(self, program: Program) -> dict[int, Labelled]:
+        """The labels of every value of a program, by its number."""
+        self.followed: list[Product] = []
         known = {number: self.of_name[name] for number, name in program.parameters.items() if name in self.of_name}
         for step in program.steps:
             if isinstance(step, Operator):
@@ -152,15 +173,22 @@ class _Finder:
                 results = self._joined(step, known, program)
             numbers = [v.number for v in step.outputs] if isinstance(step, Operator) else [step.output]
             known.update(zip(numbers, results, strict=False))
+            if isinstance(step, Operator) and is_product(step.name):
+                of_step = [value.number for value in (*step.inputs, *step.outputs)]
+                self.followed.append(Product(step, {n: known[n] for n in of_step if n in known}))
         for number in program.outputs:
             if number in known:
                 self.labels.freeze(known[number].labels, "an output of the network")
+        return known
 
     def _applied(self, step: Operator, known: Mapping[int, Labelled], program: Program) -> list[Labelled]:
         if not any(value.number in known and known[value.number].labels for value in step.inputs):
             return [Labelled(value.shape) for value in step.outputs]
-        given = Given(self.labels, step, known, program.integers)
+        # What stands in the graph itself has no path; numbers inside of its layers are out of reach.
+        given = Given(self.labels, step, known, program.integers, self.literals and not step.path)
         results = rule_for(step.name)(given)
+        if self.literals:
+            self.carried += [label for result in results for label in result.labels]
         given_numbers = {n for n in pytree.tree_leaves((step.args, step.kwargs)) if type(n) is int and n > 1}
         for result in results:
             self.numbers += [
@@ -197,18 +225,18 @@ class _Finder:
                 else:
                     members.setdefault(root, {}).setdefault(place, []).append(index)
         # A dimension that nothing ran over belongs to a layer that is never called: it stays.
-        groups: dict[tuple[tuple[int, int], ...], list[dict[int, list[int]]]] = {}
-        for unit in members.values():
-            groups.setdefault(tuple((place, len(indices)) for place, indices in unit.items()), []).append(unit)
+        alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for root, unit in members.items():
+            alike.setdefault(tuple((place, len(indices)) for place, indices in unit.items()), []).append(root)
         columns = self._columns()
         found: list[Group] = []
         taken: set[str] = set()
         unit_of = np.full(len(units.parents), -1)
         count = 0
-        for signature, rows in groups.items():
+        for roots in never_empty(list(alike.values()), self._pieces(members)):
+            rows = [members[root] for root in roots]
             dimensions = {
-                self.names[place]: torch.tensor([row[place] for row in rows], dtype=torch.int64)
-                for place, _ in signature
+                self.names[place]: torch.tensor([row[place] for row in rows], dtype=torch.int64) for place in rows[0]
             }
             masked = frozenset(d for d in dimensions if d in columns)
             if not masked or len(rows) < 2:
@@ -216,13 +244,18 @@ class _Finder:
                 frozen.update({d: reason for d in dimensions if d not in frozen})
                 continue
             found.append(Group(_label(dimensions, masked, taken), len(rows), dimensions, masked))
-            place, _ = signature[0]
-            for row in rows:
-                unit_of[units.roots(np.asarray([self.starts[place] + row[place][0]]))] = count
-                count += 1
+            unit_of[roots] = np.arange(count, count + len(roots))
+            count += len(roots)
         searchable = {d for group in found for d in group.members}
         left = {d: why for d, why in frozen.items() if d not in searchable}
-        return Dimensions(tuple(found), left, tuple(self.numbers), unit_of[units.roots(np.arange(len(unit_of)))])
+        return Dimensions(
+            tuple(found), left, tuple(self.numbers), unit_of[units.roots(np.arange(len(unit_of)))], tuple(self.products)
+        )
+
+    def _pieces(self, members: Container[int]) -> set[frozenset[int]]:
+        """The units of every tensor of the runs all of whose units could be cut."""
+        found = {frozenset(np.unique(self.labels.units.roots(label.numpy())).tolist()) for label in self.carried}
+        return {piece for piece in found if all(root in members for root in piece)}
 
     def _freeze_whole_dimensions(self) -> None:
         """A unit that is the whole of some dimension cannot be cut: it would be empty."""

@@ -105,9 +105,7 @@ class Labels:
         """
         rank = max(len(operand.shape) for operand in operands)
         operands = [self.compact(operand, why).aligned(rank) for operand in operands]
-        shape = tuple(
-            next((n for n in sizes if n != 1), 1) for sizes in zip(*(o.shape for o in operands), strict=True)
-        )
+        shape = tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*(o.shape for o in operands), strict=True))
         for d in range(rank):
             if any(o.shape[d] > 1 and d not in o.varying() for o in operands):
                 varying = [s for o in operands for s in o.labels if d in dims_of(s)]
@@ -120,9 +118,7 @@ class Labels:
         if len(together) == 1:
             return together[0]
         counts = {len(labels) for labels in together}
-        same = all(
-            dims_of(a) == dims_of(b) for labels in together for a, b in zip(together[0], labels, strict=False)
-        )
+        same = all(dims_of(a) == dims_of(b) for labels in together for a, b in zip(together[0], labels, strict=False))
         if len(counts) > 1 or (counts != {1} and not same):
             self.freeze([label for labels in together for label in labels], f"{why} of dimensions split differently")
             return [label for labels in together for label in labels]

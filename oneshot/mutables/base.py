@@ -63,7 +63,7 @@ class AlphaModule(nn.Module):
         if recurse:
             for child in self.children():
                 child._apply(fn)
-        super()._apply(partial(_applied_to_alpha, fn), recurse=False)
+        super()._apply(partial(keeping_precision, fn), recurse=False)
         return self
 
 
@@ -149,7 +149,8 @@ class Mutable(AlphaModule, ABC):
         return self.sampler.gate(self.alpha, self.drawn)  # type: ignore[arg-type]
 
 
-def _applied_to_alpha(fn: Callable[[Tensor], Tensor], alpha: Tensor) -> Tensor:
+def keeping_precision(fn: Callable[[Tensor], Tensor], alpha: Tensor) -> Tensor:
+    """What ``nn.Module._apply`` does, but for casts to half precision: these only move to the device."""
     result = fn(alpha)
     return alpha.to(result.device) if result.dtype in (torch.float16, torch.bfloat16) else result
 

@@ -5,27 +5,29 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..cost.counts import one_sample
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..graph.dimensions import Dimension, Dimensions, Group, find_dimensions
+from ..graph.fx_graph import graph_of
 from ..graph.operators import Program, trace_operators
 from ..mutables.masked import MASKED_LAYERS, placed_masks, plain_layer
 from ..mutables.masks import ChannelMask, Mask
-from .axes import ChannelAxis, KernelAxis, kernel_axes
+from .axes import ChannelAxis, kernel_axes
 from .search_space import SearchSpace
 from .trial import confirmed, no_dropout
 
-__all__ = ["Granularity", "PlacedMasks", "find_space", "take_masks"]
+__all__ = ["Found", "Granularity", "PlacedMasks", "Plan", "find_space", "searched_weights", "take_masks"]
 
 Granularity = int | Mapping[str, int]
-Excluded = Sequence[str | type[nn.Module]]
+Excluded = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 
 
 class _Place(nn.Module):
@@ -85,39 +87,109 @@ def _put(network: nn.Module, path: str, module: nn.Module) -> None:
     assert network.get_submodule(parent)._modules[name] is module
 
 
-def find_space(
-    network: nn.Module,
-    args: Sequence[Any],
-    placed: PlacedMasks,
-    *,
-    exclude: Excluded,
-    granularity: Granularity,
-    autoconvert: bool,
-) -> tuple[SearchSpace, dict[str, Mask]]:
-    """The confirmed axes of a network and, by label, the masks among them that were placed by hand."""
-    excluded = _excluded(network, exclude)
-    programs = _programs(network, args)
-    found = find_dimensions(programs, network, excluded)
-    own = _own_masks(found, placed)
+class Found(NamedTuple):
+    """``network``: the one given, or the same as a graph. ``own``: the masks placed by hand, by label."""
+
+    network: nn.Module
+    space: SearchSpace
+    own: Mapping[str, Mask]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user wants searched."""
+
+    exclude: Excluded
+    granularity: Granularity
+    autoconvert: bool
+
+
+def find_space(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, plan: Plan) -> Found:
+    """The confirmed axes of a network, in the user's own modules or, where that has more to search, as a graph.
+
+    The user's modules are kept unless numbers in their code (``x[:, :8]``, ``view(-1, 48)``) stand in the way of a cut
+    and ``torch.fx`` can write the network as a graph, in which they can be changed.
+    """
+    found = _found(network, args, placed, plan, as_graph=False)
+    if any(_is_of_code(reason) for reason in found.space.frozen.values()):
+        graph = graph_of(network, args, (_Place,))
+        if graph is not None:
+            other = _found(graph, args, placed, plan, as_graph=True)
+            found = max(found, other, key=lambda one: searched_weights(one.network, one.space))
     for path in placed.places:
-        _put(network, path, nn.Identity())
+        _put(found.network, path, _passing())
+    if isinstance(found.network, fx.GraphModule):
+        found.network.recompile()
+    return found._replace(own=_checked(found.space, placed, found.own))
+
+
+_OF_CODE = ("a cut of it", "positions that the code", "pieces of fixed lengths", "of a dimension that is a part")
+
+
+def _is_of_code(reason: str) -> bool:
+    return any(text in reason for text in _OF_CODE)
+
+
+def searched_weights(network: nn.Module, space: SearchSpace) -> int:
+    """Elements of parameters of which a dimension is searched."""
+    names = {d.name for axis in space.channels for d in axis.dimensions} | {k.weight for k in space.kernels}
+    return sum(parameter.numel() for name, parameter in network.named_parameters() if name in names)
+
+
+def _found(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, plan: Plan, *, as_graph: bool) -> Found:
+    excluded = _excluded(network, plan.exclude)
+    programs = _programs(network, args)
+    found = find_dimensions(programs, network, excluded, literals=as_graph)
+    own = _own_masks(found, placed)
     kernels, frozen_kernels = kernel_axes(network)
     for weight, masks in placed.kernels.items():
         for kernel in kernels:
             if kernel.weight == weight:
                 names = {"kernel_mask": kernel.kernel_label, "dilation_mask": kernel.dilation_label}
                 own.update({names[name]: mask for name, mask in masks.items()})
-    channels = [_axis(_without_places(group), granularity) for group in found.groups]
-    gone = {d: "excluded" for k in kernels for d in k.positions if d in excluded}
+    channels = [_axis(_without_places(group), plan.granularity) for group in found.groups]
+    gone = {d: excluded[d] for k in kernels for d in k.positions if d in excluded}
     kernels = [k for k in kernels if not any(d in gone for d in k.positions)]
-    if not autoconvert:
+    if not plan.autoconvert:
         channels = [axis for axis in channels if axis.label in own]
         kernels = [k for k in kernels if k.kernel_label in own or k.dilation_label in own]
-    frozen = {d: why for d, why in found.frozen.items() if d.name in dict(network.named_parameters())}
-    space = SearchSpace(tuple(channels), tuple(kernels), {**frozen, **frozen_kernels, **gone}, found)
     weights = {name for name, _ in network.named_parameters()}
+    frozen = {d: why for d, why in found.frozen.items() if d.name in weights and not _is_kernel(network, d)}
+    space = SearchSpace(tuple(channels), tuple(kernels), {**frozen, **frozen_kernels, **gone}, found, as_graph)
     used = [weights & set(program.parameters.values()) for program in programs]
-    return confirmed(space, network, args, in_training=any(names - used[0] for names in used)), own
+    space = confirmed(space, network, args, in_training=any(names - used[0] for names in used))
+    return Found(network, space, own)
+
+
+def _is_kernel(network: nn.Module, dimension: Dimension) -> bool:
+    """Whether it is a dimension of a kernel in space or time, which ``kernel_axes`` reports on."""
+    path, _, leaf = dimension.name.rpartition(".")
+    return dimension.dim > 1 and leaf == "weight" and isinstance(network.get_submodule(path), _ConvNd)
+
+
+def _checked(space: SearchSpace, placed: PlacedMasks, own: Mapping[str, Mask]) -> Mapping[str, Mask]:
+    """ConfigurationError for a mask placed by hand that cannot be searched."""
+    held = {id(mask) for mask in own.values()}
+    searched = {d for axis in space.channels for d in axis.dimensions}
+    for dimension, mask in placed.channels:
+        if id(mask) not in held or not (_is_place(dimension) or dimension in searched):
+            reason = space.frozen.get(dimension) or space.found.frozen.get(dimension, "nothing that runs depends on it")
+            raise ConfigurationError(f"the ChannelMask at {dimension} cannot be searched: {reason}")
+    labels = set(space.labels)
+    return {
+        label: mask
+        for label, mask in own.items()
+        if label.removesuffix(".dilation") + ".kernel_size" in labels or label in labels
+    }
+
+
+def _passing() -> nn.Module:
+    """A module that returns its first argument, of no class of this library."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.placeholder("dim", default_value=1)
+    graph.output(x)
+    return fx.GraphModule(nn.Module(), graph, class_name="Passing")
 
 
 def _programs(network: nn.Module, args: Sequence[Any]) -> list[Program]:
@@ -177,8 +249,7 @@ def _own_masks(found: Dimensions, placed: PlacedMasks) -> dict[str, Mask]:
     for dimension, mask in placed.channels:
         group = next((g for g in found.groups if dimension in g.members), None)
         if group is None:
-            reason = found.frozen.get(dimension, "nothing that runs depends on it")
-            raise ConfigurationError(f"the ChannelMask at {dimension} cannot be searched: {reason}")
+            continue
         if group.units != len(mask.alpha):
             raise ConfigurationError(
                 f"the ChannelMask at {dimension} has {len(mask.alpha)} units, and {group.units} can be cut there: "
@@ -213,5 +284,3 @@ def _axis(group: Group, granularity: Granularity) -> ChannelAxis:
 
 def _of_pattern(granularity: Mapping[str, int], path: str) -> int:
     return next((n for pattern, n in granularity.items() if fnmatchcase(path, pattern)), 1)
-
-

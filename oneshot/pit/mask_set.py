@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ArchMismatchError, ConfigurationError
 from ..graph.dimensions import Dimension
+from ..mutables.base import keeping_precision
 from ..mutables.masks import (
     THRESHOLD,
     ChannelMask,
@@ -93,12 +95,14 @@ class MaskSet(nn.Module):
         found: dict[str, Any] = {}
         if n:
             kept = self.kept(magnitude(torch.cat(alphas[:n]))).split([axis.units for axis in self.channels])
-            found.update({a.label: flags.nonzero().flatten().tolist() for a, flags in zip(self.channels, kept, strict=True)})
+            found.update(
+                {a.label: flags.nonzero().flatten().tolist() for a, flags in zip(self.channels, kept, strict=True)}
+            )
         if k:
-            taps = self.taps(alphas[n : n + k], alphas[n + k :])
+            flags = self.tap_scores(torch.cat(alphas[n:]).abs()) > THRESHOLD
             lengths = [kernel.taps for kernel in self.kernels]
-            pieces = zip(self.kernels, taps.of_beta.split(lengths), taps.of_gamma.split(lengths), strict=True)
-            for kernel, of_beta, of_gamma in pieces:
+            pieces = flags.split([*lengths, *lengths])
+            for kernel, of_beta, of_gamma in zip(self.kernels, pieces[:k], pieces[k:], strict=True):
                 found[kernel.kernel_label] = int(of_beta.sum())
                 if kernel.dilated:
                     found[kernel.dilation_label] = 1 + longest_gap(of_gamma.tolist())
@@ -137,35 +141,40 @@ class MaskSet(nn.Module):
         self._exact = all(self[a.label].granularity == 1 for a in self.channels)
 
     def _set_kernel_buffers(self) -> None:
-        """theta^beta = B |beta| + b and theta^gamma = G |gamma| + g over the taps of all kernels, one block each."""
+        """(theta^beta, theta^gamma) = S (|beta|, |gamma|) + s over the taps of all kernels: one block for each."""
         taps, steps = sum(k.taps for k in self.kernels), sum(octaves(k.taps) for k in self.kernels if k.dilated)
-        by_beta, of_newest = torch.zeros(taps, taps), torch.zeros(taps)
-        by_gamma, of_largest = torch.zeros(taps, steps), torch.zeros(taps)
-        divisor = torch.ones(taps, dtype=torch.int64)
-        at = step = 0
+        scores, offset = torch.zeros(2 * taps, taps + steps), torch.zeros(2 * taps)
+        divisor = torch.ones(taps)
+        at, step = 0, taps
         for kernel in self.kernels:
-            k, rows = kernel.taps, slice(at, at + kernel.taps)
-            by_beta[rows, at : at + k - 1] = torch.ones(k, k - 1).tril()
-            of_newest[at + k - 1] = 1
-            divisor[rows] = torch.arange(1, k + 1)
+            k, g = kernel.taps, octaves(kernel.taps)
+            of_beta, of_gamma = slice(at, at + k), slice(taps + at, taps + at + k)
+            scores[of_beta, at : at + k - 1] = torch.ones(k, k - 1).tril()
+            offset[at + k - 1] = 1  # the newest tap always stays
+            divisor[of_beta] = torch.arange(1, k + 1)
             if kernel.dilated:
                 reached = dilation_count(k)
-                g = len(reached)
-                by_gamma[rows, step : step + g - 1] = reached[:-1].T
-                of_largest[rows] = reached[-1]
-                divisor[rows] *= reached.sum(0).to(torch.int64)
+                scores[of_gamma, step : step + g - 1] = reached[:-1].T
+                offset[of_gamma] = reached[-1]
+                divisor[of_beta] *= reached.sum(0)
                 step += g
             else:
-                of_largest[rows] = 1
+                offset[of_gamma] = 1
             at += k
-        self._keep("by_beta", by_beta)
-        self._keep("of_newest", of_newest)
-        self._keep("by_gamma", by_gamma)
-        self._keep("of_largest", of_largest)
-        self._keep("divisor", divisor)
+        self._keep("scores", scores)
+        self._keep("offset", offset)
+        self._keep("share", 1 / divisor.to(torch.float64))
+        self._keep("one", torch.ones(1))
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskSet:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        super()._apply(partial(keeping_precision, fn), recurse=False)
+        return self
 
     def _flat_starts(self) -> dict[str, int]:
         starts, at = {}, 0
@@ -184,7 +193,7 @@ class MaskSet(nn.Module):
             axes.append(torch.full((kernel.taps,), i))
             counts.append(torch.bincount(next(iter(kernel.positions.values())), minlength=kernel.taps))
         self._keep("axis_of", torch.cat([*axes, torch.tensor([len(self.channels) + len(self.kernels)])]))
-        self._keep("count_of", torch.cat([*counts, torch.zeros(1, dtype=torch.int64)]))
+        self._keep("count_of", torch.cat([*counts, torch.zeros(1, dtype=torch.int64)]).to(torch.float64))
 
     @property
     def n_axes(self) -> int:
@@ -205,13 +214,19 @@ class MaskSet(nn.Module):
             searched = self[kernel.kernel_label].alpha.requires_grad
             longest = kernel.dilated and self[kernel.dilation_label].alpha.requires_grad
             # With the largest dilation alone, two taps are left of a kernel of more than two.
-            lowest.append(1 if searched else (kernel.taps - 1) // 2 ** (octaves(kernel.taps) - 1) + 1 if longest else full)
+            lowest.append(
+                1 if searched else (kernel.taps - 1) // 2 ** (octaves(kernel.taps) - 1) + 1 if longest else full
+            )
         return lowest
 
     def sizes(self, flat: Tensor) -> Tensor:
         """The size of each axis, float64 of shape (axes,), from the flat vector, hard or soft."""
         total = torch.zeros(self.n_axes + 1, dtype=torch.float64, device=flat.device)
         return total.index_add(0, self.axis_of, flat.to(torch.float64) * self.count_of)[:-1]
+
+    def of_sizes(self, gradient: Tensor) -> Tensor:
+        """The gradient of the flat vector, from that of the sizes."""
+        return torch.nn.functional.pad(gradient, (0, 1))[self.axis_of] * self.count_of
 
     def forward(self) -> FlatMasks:
         """The vector, of shape (units + taps + 1,)."""
@@ -235,25 +250,9 @@ class MaskSet(nn.Module):
                 return above
         return above | _largest(theta, self.segments, len(self.channels))
 
-    def taps(self, betas: Sequence[Tensor], gammas: Sequence[Tensor]) -> Taps:
-        """The scores of all taps."""
-        by_beta, by_gamma = self.by_beta.to(betas[0].dtype), self.by_gamma.to(betas[0].dtype)
-        beta = torch.addmv(self.of_newest.to(by_beta.dtype), by_beta, magnitude(torch.cat(betas)))
-        if gammas:
-            gamma = torch.addmv(self.of_largest.to(by_beta.dtype), by_gamma, magnitude(torch.cat(gammas)))
-        else:
-            gamma = self.of_largest.to(by_beta.dtype)
-        return Taps(beta, gamma, (beta > THRESHOLD).to(beta.dtype), (gamma > THRESHOLD).to(beta.dtype))
-
-    def of_taps(self, of_hard: Tensor, of_soft: Tensor, taps: Taps) -> list[Tensor]:
-        """The gradients of all |beta| and all |gamma|, from those of the taps."""
-        soft = of_soft / self.divisor
-        of_beta = torch.addcmul(of_hard * taps.of_gamma, soft, taps.gamma)
-        found = [of_beta @ self.by_beta.to(of_beta.dtype)]
-        if self.by_gamma.shape[1]:
-            of_gamma = torch.addcmul(of_hard * taps.of_beta, soft, taps.beta)
-            found.append(of_gamma @ self.by_gamma.to(of_beta.dtype))
-        return found
+    def tap_scores(self, size: Tensor) -> Tensor:
+        """(theta^beta, theta^gamma) of all taps, of shape (2 taps,), from |beta| and |gamma|."""
+        return torch.addmv(self.offset.to(size.dtype), self.scores.to(size.dtype), size)
 
     # ---- where dimensions lie in it ------------------------------------------------------------------------------
 
@@ -276,21 +275,12 @@ class MaskSet(nn.Module):
         return self._starts[label]
 
 
-class Taps(NamedTuple):
-    """Of shape (taps,): theta^beta and theta^gamma of every tap, and as 0 or 1 which of them are above the threshold."""
-
-    beta: Tensor
-    gamma: Tensor
-    of_beta: Tensor
-    of_gamma: Tensor
-
-
 class _FlatMasks(torch.autograd.Function):
     """The flat vectors of a MaskSet, as one node of the autograd graph.
 
     With theta = |alpha| of a channel, hard = h(theta) has the gradient of theta, and so has soft, except where a unit
-    stays only because one has to. A tap has hard = h(theta^beta) h(theta^gamma), soft = theta^beta theta^gamma / n, so
-    d/d|beta_i| sums over the taps j >= i what is d/d theta^beta_j, and d/d|gamma_p| over the taps that 2^p reaches.
+    stays only because one has to. A tap has hard = h(theta^beta) h(theta^gamma), soft = theta^beta theta^gamma / n, and
+    the scores theta are linear in |beta| and |gamma|.
 
     What the backward pass needs is kept on ``ctx`` itself, and stays after it: the loss and the costs of one step share
     this node, and may call ``backward`` one after the other.
@@ -298,36 +288,43 @@ class _FlatMasks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, masks: MaskSet, *alphas: Tensor) -> tuple[Tensor, Tensor]:
-        n, k = len(masks.channels), len(masks.kernels)
         ctx.masks, ctx.sizes = masks, [len(alpha) for alpha in alphas]
-        ctx.negative = torch.cat(alphas) < 0
+        ctx.alpha = alpha = torch.cat(alphas)
+        size, units = alpha.abs(), len(masks.segments)
         hard, soft = [], []
-        if n:
-            theta = magnitude(torch.cat(alphas[:n]))
+        if units:
+            theta = size[:units]
             kept = masks.kept(theta)
-            ctx.forced = kept & (theta <= THRESHOLD)
-            hard.append(kept.to(theta.dtype))
-            soft.append(theta.masked_fill(ctx.forced, 1.0))
-        if k:
-            ctx.taps = taps = masks.taps(alphas[n : n + k], alphas[n + k :])
-            hard.append(taps.of_beta * taps.of_gamma)
-            soft.append(taps.beta * taps.gamma / masks.divisor)
-        one = alphas[0].new_ones(1)
+            flags = kept.to(size.dtype)
+            ctx.forced = forced = kept & (theta <= THRESHOLD)
+            hard.append(flags)
+            soft.append(theta.masked_fill(forced, 1.0))
+        if masks.kernels:
+            ctx.scores = scores = masks.tap_scores(size[units:])
+            ctx.flags = flags = (scores > THRESHOLD).to(size.dtype)
+            n = len(masks.share)
+            hard.append(flags[:n] * flags[n:])
+            soft.append(scores[:n] * scores[n:] * masks.share.to(size.dtype))
+        one = masks.one.to(size.dtype)
         return torch.cat([*hard, one]), torch.cat([*soft, one])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_hard: Tensor, of_soft: Tensor) -> Any:
-        masks = ctx.masks
+        masks: MaskSet = ctx.masks
         units = len(masks.segments)
         parts = []
         if units:
-            parts.append(of_hard[:units] + of_soft[:units].masked_fill(ctx.forced, 0.0))
+            of_units = of_soft[:units]
+            parts.append(of_hard[:units] + of_units.masked_fill(ctx.forced, 0.0))
         if masks.kernels:
-            parts += masks.of_taps(of_hard[units:-1], of_soft[units:-1], ctx.taps)
+            n = len(masks.share)
+            hard, soft = of_hard[units:-1], of_soft[units:-1] * masks.share.to(of_soft.dtype)
+            of_beta = torch.addcmul(hard * ctx.flags[n:], soft, ctx.scores[n:])
+            of_gamma = torch.addcmul(hard * ctx.flags[:n], soft, ctx.scores[:n])
+            parts.append(torch.cat([of_beta, of_gamma]) @ masks.scores.to(of_beta.dtype))
         flat = torch.cat(parts)
-        flat = torch.where(ctx.negative, -flat, flat)
-        return None, *flat.split(ctx.sizes)
+        return None, *torch.where(ctx.alpha < 0, -flat, flat).split(ctx.sizes)
 
 
 @torch.no_grad()

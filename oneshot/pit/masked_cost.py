@@ -58,7 +58,9 @@ class CostTerms:
     asked: tuple[Asked, ...] = ()
 
 
-def parameter_terms(name: str, unit: str, model: nn.Module, sizes: Sizes, weight: Callable[[Tensor], float]) -> CostTerms:
+def parameter_terms(
+    name: str, unit: str, model: nn.Module, sizes: Sizes, weight: Callable[[Tensor], float]
+) -> CostTerms:
     """sum over the parameters of weight(p) * the product of their sizes, each parameter once."""
     parts = []
     for parameter_name, parameter in model.named_parameters():
@@ -143,7 +145,10 @@ def _multilinear(price: Callable[[Sequence[int]], Fraction], low: Sequence[int],
 
 def _value(coefficients: Coefficients, values: Sequence[int]) -> Fraction:
     return sum(
-        (c * math.prod(v for v, used in zip(values, places, strict=True) if used) for places, c in coefficients.items()),
+        (
+            c * math.prod(v for v, used in zip(values, places, strict=True) if used)
+            for places, c in coefficients.items()
+        ),
         Fraction(0),
     )
 
@@ -325,32 +330,26 @@ class MaskedCosts:
         return {name: (low[i], high[i]) for i, name in enumerate(self.names)}
 
 
-
-
 class _Polynomials(torch.autograd.Function):
-    """cost_k = sum_t c_kt prod_j n_tj with n = c + M s, at one s, with the gradient at another one; one node.
+    """cost_k = sum_t c_kt prod_j n_tj with n = c + M m, at one flat vector m, with the gradient at another one.
 
-    dcost_k/ds = sum_t c_kt sum_j (prod_{i != j} n_ti) M[place of j in t].
+    dcost_k/dm = sum_t c_kt sum_j (prod_{i != j} n_ti) M[place of j in t]. No size is ever 0: something stays of each.
     """
 
     @staticmethod
     def forward(ctx: Any, hard: Tensor, leads: Tensor, masks: MaskSet, tensors: tuple[Tensor, ...]) -> Tensor:
         constants, matrix, factors, coefficients = tensors
-        ctx.masks, ctx.tensors, ctx.dtype = masks, tensors, leads.dtype
+        ctx.masks, ctx.tensors = masks, tensors
         ctx.save_for_backward(leads)
-        return coefficients @ (constants + matrix @ masks.sizes(hard))[factors].prod(1)
+        n = torch.addmv(constants, matrix, masks.sizes(hard))
+        return coefficients @ n[factors].prod(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         constants, matrix, factors, coefficients = ctx.tensors
-        n = (constants + matrix @ ctx.masks.sizes(ctx.saved_tensors[0]))[factors]
-        # The product of all factors but one, without dividing by what may be zero.
-        before = torch.cat([torch.ones_like(n[:, :1]), n[:, :-1].cumprod(1)], 1)
-        after = torch.cat([n[:, 1:].flip(1).cumprod(1).flip(1), torch.ones_like(n[:, :1])], 1)
-        of_terms = gradient @ coefficients
-        of_forms = torch.zeros_like(constants).index_add_(
-            0, factors.flatten(), (before * after * of_terms[:, None]).flatten()
-        )
-        of_axes = torch.cat([of_forms @ matrix, of_forms.new_zeros(1)])
-        return None, (of_axes[ctx.masks.axis_of] * ctx.masks.count_of).to(ctx.dtype), None, None
+        (leads,) = ctx.saved_tensors
+        n = torch.addmv(constants, matrix, ctx.masks.sizes(leads))[factors]
+        of_factors = (n.prod(1) * (gradient @ coefficients))[:, None] / n
+        of_forms = torch.zeros_like(constants).index_add_(0, factors.flatten(), of_factors.flatten())
+        return None, ctx.masks.of_sizes(of_forms @ matrix).to(leads.dtype), None, None

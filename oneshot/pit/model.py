@@ -19,10 +19,10 @@ from ..export.fixed import check_equal
 from ..graph.masked_call import names_of_parameters
 from ..mutables.base import SearchModel
 from ..mutables.masks import ChannelMask, DilationMask, KernelMask
-from .conversion import Granularity, find_space, take_masks
+from .conversion import Excluded, Granularity, Plan, find_space, take_masks
 from .mask_set import FlatMasks, MaskSet
 from .masked_cost import CostTerms, MaskedCosts, parameter_terms, spec_terms
-from .search_space import SearchSpace, cut_network, shapes_of
+from .search_space import SearchSpace, cut_network, rewriter_of, shapes_of
 from .sizes import Sizes
 from .step import WeightMasks
 
@@ -48,7 +48,7 @@ class PIT(SearchModel):
         train_features: bool = True,
         train_rf: bool = True,
         train_dilation: bool = True,
-        exclude: Sequence[str | type[nn.Module]] = (),
+        exclude: Excluded = (),
         granularity: Granularity = 1,
         discrete_cost: bool = False,
         ignore: Sequence[str | type[nn.Module]] = (),
@@ -59,9 +59,8 @@ class PIT(SearchModel):
         self.network = copy.deepcopy(model)
         self.example = _example(self.network, input_shape, example_input)
         placed = take_masks(self.network)
-        self.space, own = find_space(
-            self.network, self.example, placed, exclude=exclude, granularity=granularity, autoconvert=autoconvert_layers
-        )
+        plan = Plan(exclude, granularity, autoconvert_layers)
+        self.network, self.space, own = find_space(self.network, self.example, placed, plan)
         if not self.space.labels:
             raise UnsupportedModelError(_nothing(model, self.space))
         self.masks = MaskSet(self.space.channels, self.space.kernels, own)
@@ -224,7 +223,11 @@ class PIT(SearchModel):
         self._follow_flags()
 
     def _follow_flags(self, learn: bool = True) -> None:
-        flags = ((ChannelMask, self._train_features), (KernelMask, self._train_rf), (DilationMask, self._train_dilation))
+        flags = (
+            (ChannelMask, self._train_features),
+            (KernelMask, self._train_rf),
+            (DilationMask, self._train_dilation),
+        )
         for _, mask in self.masks.items():
             mask.alpha.requires_grad_(learn and any(flag for kind, flag in flags if isinstance(mask, kind)))
 
@@ -270,15 +273,18 @@ class PIT(SearchModel):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return self.rebuilt(self.arch(), [self._on_device(self.example), self._on_device(self.example, random=True)])
+            return self.rebuilt(
+                self.arch(), [self._on_device(self.example), self._on_device(self.example, random=True)]
+            )
 
     def rebuilt(self, arch: Mapping[str, Any], examples: Sequence[Sequence[Any]] | None) -> nn.Module:
         """The plain network of an architecture with the weights of this one, verified on ``examples``."""
         masked = self if arch == self.arch() else copy.deepcopy(self)
         masked.decide(arch)
         failure: ExportError | None = None
-        for renumber in (True, False):
-            small = cut_network(masked.space, masked.masks, masked.network, renumber=renumber)
+        rewriter = rewriter_of(masked.space, masked.network, self.example)
+        for renumber in (True,) if masked.space.as_graph else (True, False):
+            small = cut_network(masked.space, masked.masks, masked.network, renumber=renumber, rewriter=rewriter)
             try:
                 for args in examples or ():
                     check_equal(masked, small, args, "the exported network")
@@ -336,5 +342,3 @@ def _named_costs(cost: CostArgument | None) -> dict[str, str | CostSpec]:
 def _nothing(model: nn.Module, space: SearchSpace) -> str:
     reasons = [f"{dimension}: {reason}" for dimension, reason in list(space.frozen.items())[:5]]
     return f"{type(model).__name__} has nothing to search: " + "; ".join(reasons)
-
-

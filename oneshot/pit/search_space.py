@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..graph.cut import cut
 from ..graph.dimensions import Dimension, Dimensions
 from ..graph.masked_call import masked_call, names_of_parameters
+from ..graph.rewrite import Rewriter
 from .axes import ChannelAxis, KernelAxis
 from .mask_set import MaskSet
 
@@ -24,12 +25,16 @@ __all__ = ["SearchSpace"]
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The axes of a network. ``frozen``: dimension -> why it is not searched."""
+    """The axes of a network. ``frozen``: dimension -> why it is not searched.
+
+    ``as_graph``: the network is a ``torch.fx`` graph, and a cut changes the numbers of its code.
+    """
 
     channels: tuple[ChannelAxis, ...]
     kernels: tuple[KernelAxis, ...]
     frozen: Mapping[Dimension, str]
     found: Dimensions
+    as_graph: bool = False
 
     @property
     def labels(self) -> list[str]:
@@ -79,8 +84,18 @@ def call_masked(space: SearchSpace, masks: MaskSet, flat: Tensor, model: nn.Modu
     return masked_call(model, factors, names_of_parameters(model), args)
 
 
-def cut_network(space: SearchSpace, masks: MaskSet, model: nn.Module, *, renumber: bool) -> nn.Module:
-    """The network without what the masks remove. ``renumber``: adapt the sizes in attributes of the user's modules."""
+def rewriter_of(space: SearchSpace, model: nn.Module, args: Sequence[Any]) -> Rewriter | None:
+    """What changes the numbers in the code of a graph; None for a network that is cut in place."""
+    return Rewriter(model, args, space.found) if space.as_graph and isinstance(model, fx.GraphModule) else None
+
+
+def cut_network(
+    space: SearchSpace, masks: MaskSet, model: nn.Module, *, renumber: bool = True, rewriter: Rewriter | None = None
+) -> nn.Module:
+    """The network without what the masks remove.
+
+    ``renumber``: adapt the sizes in attributes of the user's modules. ``rewriter``: of a graph, ``rewriter_of``.
+    """
     flat = masks().hard.detach().cpu() > 0
     kept = {dimension: flat[place].nonzero().flatten() for dimension, place in masks.places(shapes_of(model)).items()}
     dilations = {}
@@ -90,8 +105,10 @@ def cut_network(space: SearchSpace, masks: MaskSet, model: nn.Module, *, renumbe
         factor = decisions[kernel.dilation_label] if kernel.dilated else 1
         dilations[kernel.weight] = tuple(d * factor for d in conv.dilation)  # type: ignore[union-attr]
     numbers = None
-    if renumber:
-        units = {a.label: flat[masks.start(a.label) : masks.start(a.label) + a.units] for a in space.channels}
+    units = {a.label: flat[masks.start(a.label) : masks.start(a.label) + a.units] for a in space.channels}
+    if rewriter is not None:
+        model = rewriter(units)
+    elif renumber:
         numbers = _of_modules(model, space.found.renumbered(units))
     return cut(model, kept, dilations=dilations, numbers=numbers)
 

@@ -75,17 +75,20 @@ class _MaskedWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hard: Tensor, masks: WeightMasks, *weights: Tensor) -> tuple[Tensor, ...]:
-        factors = hard[masks.factors]
-        vector = factors.prod(0) if len(factors) > 1 else factors[0]
+        factors = hard.index_select(0, masks.factors.flatten()).view(masks.factors.shape).unbind()
+        vector = factors[0]
+        for factor in factors[1:]:
+            vector = vector * factor
         ctx.masks, ctx.size = masks, len(hard)
-        ctx.save_for_backward(factors, vector, *weights)
+        ctx.factors, ctx.vector = factors, vector
+        ctx.save_for_backward(*weights)
         return tuple(w * m for w, m in zip(weights, _of_type(masks.pieces(vector), weights), strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         masks: WeightMasks = ctx.masks
-        factors, vector, *weights = ctx.saved_tensors
+        factors, vector, weights = ctx.factors, ctx.vector, ctx.saved_tensors
         given = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
         of_weights: list[Tensor | None] = [None] * len(weights)
         if any(ctx.needs_input_grad[2:]):

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ..graph import evaluated
 from .axes import ChannelAxis
 from .mask_set import MaskSet
-from .search_space import SearchSpace, call_masked, cut_network
+from .search_space import SearchSpace, call_masked, cut_network, rewriter_of
 
 __all__ = ["confirmed", "no_dropout"]
 
@@ -52,7 +52,7 @@ def confirmed(
     all has shown nothing: such an axis is frozen too. ``in_training``: try it in train mode as well, where other layers
     run.
     """
-    tried = _Trial(model, args, seed, (False, True) if in_training else (False,))
+    tried = _Trial(space, model, args, seed, (False, True) if in_training else (False,))
     reasons: dict[str, str] = {}
     while True:
         left = space.without(reasons)
@@ -68,11 +68,14 @@ def confirmed(
 
 
 class _Trial:
-    def __init__(self, model: nn.Module, args: Sequence[Any], seed: int, modes: Sequence[bool]) -> None:
+    def __init__(
+        self, space: SearchSpace, model: nn.Module, args: Sequence[Any], seed: int, modes: Sequence[bool]
+    ) -> None:
         self.modes = modes
         self.generator = torch.Generator().manual_seed(seed)
         self.model, self.args = self._prepared(model, args)
         randomize(self.model, self.generator)
+        self.rewriter = rewriter_of(space, self.model, self.args)
 
     def _prepared(self, model: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, list[Any]]:
         """A copy on the CPU, in float64 if it runs in that."""
@@ -111,9 +114,9 @@ class _Trial:
             self._run(self.model, mode, partial(call_masked, space, masks, hard, self.model)) for mode in self.modes
         ]
         failure = ""
-        for renumber in (True, False):
+        for renumber in (True,) if space.as_graph else (True, False):
             try:
-                small = cut_network(space, masks, self.model, renumber=renumber)
+                small = cut_network(space, masks, self.model, renumber=renumber, rewriter=self.rewriter)
                 got = [self._run(small, mode, partial(_call, small)) for mode in self.modes]
             except Exception as error:  # noqa: BLE001  (the forward is the user's: anything may be raised by it)
                 failure = failure or f"a cut of it does not run: {type(error).__name__}: {_first_line(error)}"
@@ -233,4 +236,3 @@ def relative_difference(one: Any, other: Any) -> tuple[float, float]:
             return math.inf, allowed
         worst = max(worst, difference / max(scale, 1e-30))
     return worst, allowed
-
