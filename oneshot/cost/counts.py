@@ -32,12 +32,12 @@ from .spec import OPERATORS, CostSpec, Formula, LayerSpec, Rule, operator_spec, 
 
 __all__ = [
     "COUNTED",
-    "Counted",
-    "CountedLayers",
     "MACS",
     "OPS",
     "PARAMS_NO_BIAS",
     "PARAMS_NO_NORM",
+    "Counted",
+    "CountedLayers",
     "bias_adds",
     "conv_macs",
     "count",
@@ -262,7 +262,9 @@ def counted_layers(model: nn.Module, args: Sequence[Any], spec: CostSpec, ignore
     with _plain_operators():
         calls, operations = trace_operations(model, one_sample(model, args), counter.is_unit, counter.is_wanted)
     if spec.per_call:
-        due = [(call.path, call.module, call) for call in calls if id(call.module) not in counter.ignored]
+        due: list[tuple[str, nn.Module, Call | None]] = [
+            (call.path, call.module, call) for call in calls if id(call.module) not in counter.ignored
+        ]
         for operation in operations:
             counter.of_operation(operation)
     else:

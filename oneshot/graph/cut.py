@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -32,6 +31,7 @@ def cut(
     changed side by side, so that the values and the length of the output are those of the same taps before.
     ``numbers``: path of a module of the user -> number before -> number after, for its attributes that are sizes.
 
+    >>> import torch
     >>> small = cut(nn.Sequential(nn.Linear(3, 4)), {Dimension("0.weight", 0): torch.tensor([0, 2])})
     >>> small[0], small[0].weight.shape
     (Linear(in_features=3, out_features=2, bias=True), torch.Size([2, 3]))
@@ -56,7 +56,7 @@ def cut(
         taps = [kept.get(weight._replace(dim=d)) for d in (2, 3, 4)]
         if isinstance(module, _ConvNd) and any(t is not None for t in taps):
             dilation = (dilations or {}).get(weight.name, module.dilation)
-            copied = _with_smaller_kernel(copied, path, module, originals[path], taps, dilation)  # type: ignore[arg-type]
+            copied = _with_smaller_kernel(copied, path, module, originals[path], taps, dilation)
     return copied
 
 
@@ -161,7 +161,7 @@ def _with_smaller_kernel(
         return model
     conv._reversed_padding_repeated_twice = [0] * (2 * len(sides))
     amounts = tuple(n for left, right in reversed(sides) for n in (left, right))
-    padded = nn.Sequential(_PADS[len(sides)](amounts, 0.0), conv)
+    padded = nn.Sequential(_PADS[len(sides)](amounts, 0.0), conv)  # type: ignore[arg-type]
     padded.training = conv.training
     padded[0].training = conv.training
     return _replaced(model, conv, padded)

@@ -14,7 +14,7 @@ __all__ = ["masked_call", "names_of_parameters"]
 
 
 def names_of_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The first name of each parameter and buffer -> all its names: several where a weight is tied or a module stands twice."""
+    """The first name of each parameter and buffer -> all its names: several of a tied weight, or a shared module."""
     names: dict[int, list[str]] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, parameter in named:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
@@ -18,7 +17,7 @@ def _check(name: str, mask: nn.Module | None, kind: type, size: int, what: str) 
         return
     if not isinstance(mask, kind):
         raise ConfigurationError(f"{name}: a {kind.__name__} is needed for its {what}, got {type(mask).__name__}")
-    n = mask.taps if isinstance(mask, DilationMask) else len(mask.alpha)  # type: ignore[union-attr, arg-type]
+    n = mask.taps if isinstance(mask, DilationMask) else len(mask.alpha)  # type: ignore[arg-type]
     if n != size:
         raise ConfigurationError(f"{name}: a {kind.__name__} of {n} for {size} {what}")
 
@@ -39,6 +38,7 @@ class MaskedConv1d(nn.Conv1d):
     Each mask may be shared with other layers: one object, one decision. Alone, a masked output channel is 0; in a
     ``PIT`` network the masks are applied where they and a smaller layer come to the same.
 
+    >>> import torch
     >>> conv = MaskedConv1d(1, 2, 3, channel_mask=ChannelMask(2), kernel_mask=KernelMask(3))
     >>> conv.channel_mask.keep([1])
     >>> conv(torch.ones(1, 1, 3))[0, 0].tolist()
@@ -73,6 +73,7 @@ class MaskedConv1d(nn.Conv1d):
 class MaskedConv2d(nn.Conv2d):
     """``nn.Conv2d`` with a mask of its output channels.
 
+    >>> import torch
     >>> MaskedConv2d(1, 4, 3, channel_mask=ChannelMask(4))(torch.ones(1, 1, 3, 3)).shape
     torch.Size([1, 4, 1, 1])
     """
@@ -90,6 +91,7 @@ class MaskedConv2d(nn.Conv2d):
 class MaskedConv3d(nn.Conv3d):
     """``nn.Conv3d`` with a mask of its output channels.
 
+    >>> import torch
     >>> MaskedConv3d(1, 4, 1, channel_mask=ChannelMask(4))(torch.ones(1, 1, 2, 2, 2)).shape
     torch.Size([1, 4, 2, 2, 2])
     """
@@ -107,6 +109,7 @@ class MaskedConv3d(nn.Conv3d):
 class MaskedLinear(nn.Linear):
     """``nn.Linear`` with a mask of its output features.
 
+    >>> import torch
     >>> MaskedLinear(3, 2, channel_mask=ChannelMask(2))(torch.ones(1, 3)).shape
     torch.Size([1, 2])
     """
@@ -129,10 +132,9 @@ def placed_masks(layer: nn.Module) -> dict[str, nn.Module]:
 def plain_layer(layer: nn.Module) -> nn.Module:
     """The layer of torch that a masked one is, with the same parameters."""
     plain_type = type(layer).__mro__[1]
-    plain = nn.Module.__new__(plain_type)
+    plain: nn.Module = nn.Module.__new__(plain_type)
     plain.__dict__.update({k: v for k, v in layer.__dict__.items() if k != "_modules"})
     plain.__dict__["_modules"] = {}
-    assert isinstance(plain, nn.Module)
     return plain
 
 

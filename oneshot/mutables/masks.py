@@ -163,7 +163,7 @@ class Mask(AlphaModule, ABC):
 
 @final
 class ChannelMask(Mask):
-    """Which of ``units`` channels, features or heads stay. Called on a tensor, it multiplies dimension ``dim`` by 0 or 1.
+    """Which of ``units`` channels, features or heads stay. A call multiplies dimension ``dim`` of a tensor by 0 or 1.
 
     ``granularity``: their number is a multiple of it. At least one stays: the largest |alpha|, of equal ones the last.
 
@@ -209,7 +209,7 @@ class ChannelMask(Mask):
     def keep(self, kept: Sequence[int]) -> None:
         """Keep these units and no others: their alpha becomes 1, that of the others 0."""
         n = len(self.alpha)
-        kept = list(kept) if isinstance(kept, Sequence) and not isinstance(kept, str) else [kept]  # type: ignore[list-item]
+        kept = list(kept) if isinstance(kept, Sequence) and not isinstance(kept, str) else [kept]
         wrong = [k for k in kept if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < n]
         if wrong or not kept or len(set(kept)) != len(kept):
             raise ConfigurationError(

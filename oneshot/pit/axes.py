@@ -81,7 +81,7 @@ def kernel_axes(model: nn.Module) -> tuple[list[KernelAxis], dict[Dimension, str
         sides = [side for side in sides if module.weight.shape[side.dim] > 1]
         reason = _fixed_kernel(module)
         if reason is not None:
-            frozen.update({side: reason for side in sides})
+            frozen.update(dict.fromkeys(sides, reason))
         elif sides:
             axes += _axes_of(path, module, sides)
     return axes, frozen

@@ -223,7 +223,8 @@ def _excluded(network: nn.Module, exclude: Excluded) -> dict[Dimension, str]:
             raise ConfigurationError(f"exclude={entry!r}: the path of a module, a pattern of paths, or a layer type")
         if not matching:
             raise ConfigurationError(
-                f"exclude={entry!r} fits no module of {type(network).__name__}; it has {_some([p for p in modules if p])}"
+                f"exclude={entry!r} fits no module of {type(network).__name__}; it has "
+                f"{_some([path for path in modules if path])}"
             )
         for path in matching:
             found.update(_outputs_of(modules[path], path, f"excluded by {entry!r}"))

@@ -48,6 +48,15 @@ class MaskSet(nn.Module):
     theta^beta_j / (j + 1) * theta^gamma_j / n_j, so that the relaxed size of a kernel of K taps starts at K.
     """
 
+    segments: Tensor
+    granularity: Tensor
+    scores: Tensor
+    offset: Tensor
+    share: Tensor
+    one: Tensor
+    axis_of: Tensor
+    count_of: Tensor
+
     def __init__(
         self, channels: Sequence[ChannelAxis], kernels: Sequence[KernelAxis], own: Mapping[str, Mask] | None = None
     ) -> None:
@@ -90,7 +99,7 @@ class MaskSet(nn.Module):
     @torch.no_grad()
     def decisions(self) -> dict[str, Any]:
         """Label -> kept units, kernel size or dilation, JSON-ready."""
-        alphas = [mask.alpha for mask in self._ordered]
+        alphas: list[Tensor] = [mask.alpha for mask in self._ordered]
         n, k = len(self.channels), len(self.kernels)
         found: dict[str, Any] = {}
         if n:
@@ -128,7 +137,7 @@ class MaskSet(nn.Module):
     @torch.no_grad()
     def clip_(self) -> None:
         """All alphas back into [0, 1]."""
-        alphas = [mask.alpha for mask in self._ordered]
+        alphas: list[Tensor] = [mask.alpha for mask in self._ordered]
         torch._foreach_clamp_min_(alphas, 0.0)
         torch._foreach_clamp_max_(alphas, 1.0)
 
@@ -230,7 +239,7 @@ class MaskSet(nn.Module):
 
     def forward(self) -> FlatMasks:
         """The vector, of shape (units + taps + 1,)."""
-        alphas = [mask.alpha for mask in self._ordered]
+        alphas: list[Tensor] = [mask.alpha for mask in self._ordered]
         hard, soft = _FlatMasks.apply(self, *alphas)
         return FlatMasks(hard, soft)
 

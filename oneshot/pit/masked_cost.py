@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ..cost.counts import Counted, counted_layers
 from ..cost.spec import CostSpec, Formula, LayerSpec, operator_spec, read_layer
-from ..graph import Call, Operation, Value
+from ..graph import Operation, Value
 from ..graph.dimensions import Product
 from .mask_set import FlatMasks, MaskSet
 from .sizes import Form, Sizes
@@ -138,8 +138,8 @@ def _multilinear(price: Callable[[Sequence[int]], Fraction], low: Sequence[int],
     found: dict[tuple[bool, ...], Fraction] = {}
     for places, c in at_low.items():
         slope = (at_high[places] - c) / (high[0] - low[0])
-        found[(False, *places)] = c - slope * low[0]
-        found[(True, *places)] = slope
+        without, within = (False, *places), (True, *places)
+        found[without], found[within] = c - slope * low[0], slope
     return found
 
 
@@ -272,7 +272,9 @@ class MaskedCosts:
     def __init__(self, terms: Sequence[CostTerms], sizes: Sizes) -> None:
         self.terms = {of_one.name: of_one for of_one in terms}
         self.names = [of_one.name for of_one in terms]
-        forms = list(dict.fromkeys(f for t in terms for part in (*t.parts, *t.asked) for f in part.forms))
+        used = [form for t in terms for part in t.parts for form in part.forms]
+        used += [form for t in terms for layer in t.asked for form in layer.forms]
+        forms = list(dict.fromkeys(used))
         place = {form: 1 + i for i, form in enumerate(forms)}
         merged: dict[tuple[int, ...], list[float]] = {}
         for row, of_one in enumerate(terms):

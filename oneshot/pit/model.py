@@ -10,18 +10,21 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from ..cost.counts import COUNTED, MACS, OPS, PARAMS_NO_BIAS, PARAMS_NO_NORM
 from ..cost.spec import CostSpec
 from ..errors import ConfigurationError, ExportError, InputTypeError, UnsupportedModelError
 from ..export.fixed import check_equal
+from ..graph.dimensions import Dimension
 from ..graph.masked_call import names_of_parameters
 from ..mutables.base import SearchModel
 from ..mutables.masks import ChannelMask, DilationMask, KernelMask
 from .conversion import Excluded, Granularity, Plan, find_space, take_masks
 from .mask_set import FlatMasks, MaskSet
 from .masked_cost import CostTerms, MaskedCosts, parameter_terms, spec_terms
+from .report import PITReport, report_of
 from .search_space import SearchSpace, cut_network, rewriter_of, shapes_of
 from .sizes import Sizes
 from .step import WeightMasks
@@ -35,7 +38,49 @@ _REGULARIZERS = {"size": "params_no_bias", "macs": "macs"}
 
 @final
 class PIT(SearchModel):
-    """A copy of ``model`` whose channels, kernels and dilations are under masks; called as the model itself is."""
+    """A copy of ``model`` whose channels, kernels and dilations are under masks; called as the model itself is.
+
+    Every searched weight is multiplied by 0 or 1 along the dimensions that a product sums over: a convolution that
+    reads channels x_c, of which the masks m_c say which are kept, computes sum_c W_oc m_c x_c. A zero there is the same
+    as an absent column, whatever lies between the layer that makes a channel and the one that reads it (BatchNorm,
+    sigmoid, padding with ones), so the exported network computes what this one does. Kernels lose their oldest taps (in space: their
+    outermost ring) and every second, fourth, ... tap; see ``KernelMask`` and ``DilationMask``.
+
+    What is cut together is found by following the operators that run, and confirmed by a trial cut; ``report()`` says
+    for every dimension whether it is searched, with which others, or why not.
+
+    Training takes three lines of a loop of one's own: ``loss = task(pit(x), y) + strength * pit.get_cost("params")``,
+    ``loss.backward()``, ``optimizer.step()``. Give the masks an optimizer group of their own without weight decay,
+    ``pit.nas_parameters()``. At its next forward in train mode the network clips them to [0, 1].
+
+    Args:
+        model: the network, which is copied and stays as it is, with its train and eval flags.
+        input_shape: of one sample, without the batch; a tuple of such tuples for several inputs. Or
+            ``example_input``: a tensor, or a tuple of all positional arguments.
+        cost: a name (``'params'``, ``'macs'``, ``'ops'``, ``'params_no_norm'``, ``'params_no_bias'``,
+            ``'weight_bytes'``), a ``CostSpec``, several of these, or name -> one of them.
+        regularizer: ``'size'`` (weights without biases) or ``'macs'``, for ``get_regularization_loss()``.
+        train_features, train_rf, train_dilation: whether masks of channels, kernel sizes and dilations learn.
+        exclude: layers whose outputs stay as they are, with all that is coupled to them: paths, patterns, types.
+        granularity: channel counts are a multiple of this; or pattern of layers -> multiple.
+        discrete_cost: the gradient of a cost is taken at the network that would be exported, instead of at the relaxed
+            sizes. The value is that of the former in both cases. With relaxed sizes, a channel whose alpha has sunk to
+            0.6 makes its neighbours cheaper already; with discrete ones, only once it is gone.
+        ignore: as in ``oneshot.count``: modules whose own parameters cost no operation.
+        autoconvert_layers: search every layer; False: only the masks that the network was written with.
+
+    Raises ConfigurationError without a shape, or for a cost or an entry of ``exclude`` that does not exist;
+    UnsupportedModelError for a model that does not run on the input, or in which nothing can be searched.
+
+    >>> net = nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 2))
+    >>> pit = PIT(net, (3, 10), cost="params")
+    >>> list(pit.masks), pit.cost.item()  # 8 * 9 + 8, 2 * 80 + 2
+    (['0', '0.kernel_size', '0.dilation'], 242.0)
+    >>> pit.masks["0"].keep([1, 5])
+    >>> pit.masks["0.kernel_size"].decide(2)
+    >>> pit.cost.item(), sum(p.numel() for p in pit.export().parameters())  # 2 * 6 + 2, 2 * 20 + 2
+    (56.0, 56)
+    """
 
     def __init__(
         self,
@@ -68,7 +113,7 @@ class PIT(SearchModel):
         self._train_features, self._train_rf, self._train_dilation = train_features, train_rf, train_dilation
         self._place_masks()
         self._follow_flags()
-        self.cost_specification = cost if regularizer is None else _REGULARIZERS[regularizer]
+        self.cost_specification = _cost_argument(cost, regularizer)
         self.training = model.training
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.masks.to(device)
@@ -254,7 +299,7 @@ class PIT(SearchModel):
         return self.masks.decisions()
 
     def decide(self, arch: Mapping[str, Any]) -> None:
-        """Set the masks to an architecture; ArchMismatchError, with nothing changed, if it is not one of this network."""
+        """Set the masks to an architecture; ArchMismatchError, with nothing changed, if it is none of this network."""
         self.masks.decide(arch)
 
     def offered(self) -> dict[str, tuple[Hashable, ...]]:
@@ -279,8 +324,10 @@ class PIT(SearchModel):
 
     def rebuilt(self, arch: Mapping[str, Any], examples: Sequence[Sequence[Any]] | None) -> nn.Module:
         """The plain network of an architecture with the weights of this one, verified on ``examples``."""
-        masked = self if arch == self.arch() else copy.deepcopy(self)
-        masked.decide(arch)
+        masked = self
+        if arch != self.arch():  # else the masks are left as they are, in the middle of a search
+            masked = copy.deepcopy(self)
+            masked.decide(arch)
         failure: ExportError | None = None
         rewriter = rewriter_of(masked.space, masked.network, self.example)
         for renumber in (True,) if masked.space.as_graph else (True, False):
@@ -308,6 +355,51 @@ class PIT(SearchModel):
 
     arch_export = export
 
+    def report(self) -> PITReport:
+        """Masks with what goes together, frozen dimensions with their reasons, smallest and largest costs."""
+        now = {name: cost.item() for name, cost in self.costs().items()}
+        return report_of(
+            self.space,
+            self.masks,
+            {name: (low, now[name], high) for name, (low, high) in self.reachable_costs().items()},
+        )
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Layer with searched dimensions -> its type and sizes in the network that would be exported now."""
+        flat = self.masks().hard.detach().cpu() > 0
+        sizes = {d: int(flat[place].sum()) for d, place in self.masks.places(shapes_of(self.network)).items()}
+        decisions = self.arch()
+        dilations = {k.weight: decisions[k.dilation_label] for k in self.space.kernels if k.dilated}
+        found = {}
+        for path, module in self.network.named_modules():
+            row = _summary_row(f"{path}.weight".lstrip("."), module, sizes, dilations)
+            if row:
+                found[path] = row
+        return found
+
+
+def _summary_row(
+    weight: str, module: nn.Module, sizes: Mapping[Dimension, int], dilations: Mapping[str, int]
+) -> dict[str, Any]:
+    rank = module.weight.dim() if isinstance(module, _ConvNd | nn.Linear) else 0
+    searched = [d for d in range(rank) if Dimension(weight, d) in sizes]
+    if not searched:
+        return {}
+    shape = [sizes.get(Dimension(weight, d), n) for d, n in enumerate(module.weight.shape)]  # type: ignore[arg-type]
+    if isinstance(module, nn.Linear):
+        return {"type": type(module).__name__, "in_features": shape[1], "out_features": shape[0]}
+    assert isinstance(module, _ConvNd)
+    rows, columns = (1, 0) if isinstance(module, _ConvTransposeNd) else (0, 1)
+    groups = module.groups * shape[0] // module.weight.shape[0] if module.groups > 1 else 1
+    per_group = module.groups > 1 and isinstance(module, _ConvTransposeNd)
+    return {
+        "type": type(module).__name__,
+        "in_channels": shape[columns] * (1 if per_group else groups),
+        "out_channels": shape[rows] * (groups if per_group else 1),
+        "kernel_size": tuple(shape[2:]),
+        "dilation": tuple(d * dilations.get(weight, 1) for d in module.dilation),
+    }
+
 
 def _example(network: nn.Module, input_shape: tuple[Any, ...] | None, example_input: Any) -> tuple[Any, ...]:
     """The inputs to follow the network with."""
@@ -323,6 +415,16 @@ def _example(network: nn.Module, input_shape: tuple[Any, ...] | None, example_in
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(2, *shape, generator=generator).to(parameter) for shape in shapes)
+
+
+def _cost_argument(cost: CostArgument | None, regularizer: str | None) -> CostArgument | None:
+    if regularizer is None:
+        return cost
+    if cost is not None:
+        raise ConfigurationError(f"PIT: cost={cost!r} and regularizer={regularizer!r}: give one of them")
+    if regularizer not in _REGULARIZERS:
+        raise ConfigurationError(f"PIT: regularizer={regularizer!r}: allowed are {sorted(_REGULARIZERS)}")
+    return _REGULARIZERS[regularizer]
 
 
 def _named_costs(cost: CostArgument | None) -> dict[str, str | CostSpec]:

@@ -55,8 +55,8 @@ class PITReport:
                 "",
                 *_table([("frozen because of", "dimensions"), *((w, _shortened(d)) for w, d in by_reason.items())]),
             ]
-        costs = [("cost", "smallest", "now", "largest")]
-        costs += [(name, *(f"{n:,.0f}" for n in numbers)) for name, numbers in self.costs.items()]
+        costs = [["cost", "smallest", "now", "largest"]]
+        costs += [[name, *(f"{n:,.0f}" for n in numbers)] for name, numbers in self.costs.items()]
         return "\n".join([*lines, "", *_table(costs)])
 
 

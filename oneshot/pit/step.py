@@ -29,6 +29,8 @@ class WeightMasks(nn.Module):
     ``shapes``: weight -> the shape of its mask. ``sums``: weight -> the dimensions along which its mask is the same.
     """
 
+    factors: Tensor
+
     def __init__(
         self, places: Mapping[Dimension, Tensor], columns: Sequence[Dimension], ranks: Mapping[str, int], one: int
     ) -> None:
