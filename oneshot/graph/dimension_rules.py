@@ -386,8 +386,9 @@ def _convolution(given: Given) -> list[Labelled]:
     channels = x.shape[1]
     if groups == 1:
         columns = Labelled((channels,), w_in, weight.weight)
-        labels.pointwise([Labelled((channels,), x_in), columns], given.what)
-        labels.sum_over([Labelled((channels,), x_in), columns], 0, given.what)
+        entering = Labelled((channels,), x_in, fixed=x.fixed)
+        labels.pointwise([entering, columns], given.what)
+        labels.sum_over([entering, columns], 0, given.what)
         rows = w_out
     elif transposed:
         labels.freeze([*x_in, *w_in, *w_out], f"{given.what}: a transposed convolution with groups")

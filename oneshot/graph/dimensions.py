@@ -166,6 +166,9 @@ class Finder:
         """The labels of every value of a program, by its number."""
         self.followed: list[Product] = []
         known = {number: self.of_name[name] for number, name in program.parameters.items() if name in self.of_name}
+        for value in program.values:
+            if value.maker == "input":
+                known[value.number] = Labelled(value.shape, fixed="an input of the network")
         for step in program.steps:
             if isinstance(step, Operator):
                 results = self._applied(step, known, program)
@@ -183,7 +186,8 @@ class Finder:
 
     def _applied(self, step: Operator, known: Mapping[int, Labelled], program: Program) -> list[Labelled]:
         if not any(value.number in known and known[value.number].labels for value in step.inputs):
-            return [Labelled(value.shape) for value in step.outputs]
+            fixed = next((known[v.number].fixed for v in step.inputs if v.number in known and known[v.number].fixed), "")
+            return [Labelled(value.shape, fixed=fixed) for value in step.outputs]
         # What stands in the graph itself has no path; numbers inside of its layers are out of reach.
         given = Given(self.labels, step, known, program.integers, self.literals and not step.path)
         results = rule_for(step.name)(given)

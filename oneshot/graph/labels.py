@@ -26,11 +26,15 @@ Label: TypeAlias = Tensor
 
 @dataclass(frozen=True)
 class Labelled:
-    """The labels of one tensor. ``weight``: it is a parameter, or one whose elements were only moved."""
+    """The labels of one tensor. ``weight``: it is a parameter, or one whose elements were only moved.
+
+    ``fixed``: what it is, if that is why dimensions without a label cannot be cut.
+    """
 
     shape: tuple[int, ...]
     labels: tuple[Label, ...] = ()
     weight: bool = False
+    fixed: str = ""
 
     def varying(self) -> set[int]:
         """The dimensions that some label varies along."""
@@ -107,9 +111,11 @@ class Labels:
         operands = [self.compact(operand, why).aligned(rank) for operand in operands]
         shape = tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*(o.shape for o in operands), strict=True))
         for d in range(rank):
-            if any(o.shape[d] > 1 and d not in o.varying() for o in operands):
+            unlabelled = [o for o in operands if o.shape[d] > 1 and d not in o.varying()]
+            if unlabelled:
                 varying = [s for o in operands for s in o.labels if d in dims_of(s)]
-                self.freeze(varying, f"{why} with a tensor that has no weight's dimension there")
+                reason = unlabelled[0].fixed or "a dimension that no weight has"
+                self.freeze(varying, f"{why}: meets {reason}")
         return Labelled(shape, tuple(label for cluster in _clusters(operands) for label in self._united(cluster, why)))
 
     def _united(self, cluster: list[list[Label]], why: str) -> list[Label]:

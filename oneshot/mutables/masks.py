@@ -227,8 +227,9 @@ class ChannelMask(Mask):
 class KernelMask(Mask):
     """How many taps of a kernel stay: beta of shape (K,), from the oldest tap to the newest, which always stays.
 
-    theta = ``kernel_scores(beta)``, a tap stays while theta > 0.5, so that what goes is the oldest. For a kernel in
-    space the "newest" position is its centre and the oldest its outermost ring.
+    theta = ``kernel_scores(beta)``, a tap stays while theta > 0.5, so that what goes is the oldest. ``sizes``: what a
+    kernel is called that has 1, 2, ... of its positions left. For a kernel in space these are rings around its centre,
+    the outermost first: a 5x5 kernel has 3, and the sizes 1, 3, 5.
 
     >>> mask = KernelMask(5)
     >>> mask.decide(2)
@@ -236,22 +237,29 @@ class KernelMask(Mask):
     ([0.0, 0.0, 0.0, 1.0, 1.0], 2)
     """
 
-    def __init__(self, taps: int, label: str | None = None) -> None:
+    def __init__(self, taps: int, label: str | None = None, *, sizes: Sequence[int] | None = None) -> None:
         super().__init__(taps, label)
+        self.sizes = tuple(range(1, taps + 1) if sizes is None else sizes)
+        if len(self.sizes) != taps or list(self.sizes) != sorted(set(self.sizes)):
+            raise ConfigurationError(f"KernelMask(sizes={sizes}): {taps} sizes that ascend are needed")
 
     def hard(self) -> Tensor:
         """1 for taps that stay, else 0, of shape (K,), with a straight-through gradient."""
         return straight_through(kernel_scores(self.alpha))
 
     def decision(self) -> int:
-        return int(self.hard().sum())
+        return self.sizes[int(self.hard().sum()) - 1]
+
+    def signature(self) -> tuple[Hashable, ...]:
+        return (type(self).__name__, *self.sizes)
 
     @torch.no_grad()
     def decide(self, decision: Any) -> None:
+        if isinstance(decision, bool) or decision not in self.sizes:
+            raise ConfigurationError(f"KernelMask {self.label or ''}: size {decision!r}, allowed are {list(self.sizes)}")
         n = len(self.alpha)
-        if not isinstance(decision, int) or isinstance(decision, bool) or not 1 <= decision <= n:
-            raise ConfigurationError(f"KernelMask {self.label or ''}: {decision!r} is no size from 1 to {n}")
-        self.alpha.copy_((torch.arange(n, device=self.alpha.device) >= n - decision).to(self.alpha.dtype))
+        kept = 1 + self.sizes.index(decision)
+        self.alpha.copy_((torch.arange(n, device=self.alpha.device) >= n - kept).to(self.alpha.dtype))
 
 
 @final

@@ -46,6 +46,12 @@ class KernelAxis:
     dilated: bool
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many taps of a side there are with 1, 2, ... places of the mask left."""
+        of_place = torch.bincount(next(iter(self.positions.values())), minlength=self.taps)
+        return tuple(of_place.flip(0).cumsum(0).tolist())
+
+    @property
     def kernel_label(self) -> str:
         return f"{self.label}.kernel_size"
 

@@ -67,7 +67,7 @@ class MaskSet(nn.Module):
         for axis in channels:
             made[axis.label] = own.get(axis.label) or ChannelMask(axis.units, granularity=axis.granularity)
         for kernel in kernels:
-            made[kernel.kernel_label] = own.get(kernel.kernel_label) or KernelMask(kernel.taps)
+            made[kernel.kernel_label] = own.get(kernel.kernel_label) or KernelMask(kernel.taps, sizes=kernel.sizes)
             if kernel.dilated:
                 made[kernel.dilation_label] = own.get(kernel.dilation_label) or DilationMask(kernel.taps)
         self.by_label = nn.ModuleDict({label.replace(".", "/"): mask for label, mask in made.items()})
@@ -112,7 +112,7 @@ class MaskSet(nn.Module):
             lengths = [kernel.taps for kernel in self.kernels]
             pieces = flags.split([*lengths, *lengths])
             for kernel, of_beta, of_gamma in zip(self.kernels, pieces[:k], pieces[k:], strict=True):
-                found[kernel.kernel_label] = int(of_beta.sum())
+                found[kernel.kernel_label] = kernel.sizes[int(of_beta.sum()) - 1]
                 if kernel.dilated:
                     found[kernel.dilation_label] = 1 + longest_gap(of_gamma.tolist())
         return {label: found[label] for label in self}

@@ -97,7 +97,7 @@ class _Trial:
             masks[axis.label].keep(_some(axis, kept, self.generator))
         for kernel in space.kernels:
             size = self._number(1, kernel.taps - 1)
-            masks[kernel.kernel_label].decide(size)
+            masks[kernel.kernel_label].decide(kernel.sizes[size - 1])
             if kernel.dilated:
                 octave = self._number(0, len(masks[kernel.dilation_label].alpha) - 1)
                 masks[kernel.dilation_label].decide(2**octave)

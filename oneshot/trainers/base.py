@@ -6,7 +6,7 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,37 +17,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from ..cost import Cost, LatencyTable, best_under_budget, measure_table, time_module
+from ..cost import LatencyTable, measure_table, time_module
 from ..data import BatchStream, Split, mix_seed, stratified_split, targets_of
-from ..errors import (
-    CheckpointError,
-    ConfigurationError,
-    TrainingDivergedError,
-    UnsupportedModelError,
-)
+from ..errors import CheckpointError, ConfigurationError, TrainingDivergedError
 from ..export import arch_of, argmax_choices, fingerprint, verified_fixed, write_arch
 from ..files import remove_leftovers
-from ..graph import evaluated
 from ..loggers import Progress
-from ..mutables import (
-    Argmax,
-    Sampler,
-    after_step,
-    arch_parameters,
-    decisions,
-    draw,
-    set_sampler,
-    weight_parameters,
-)
+from ..mutables import Sampler, after_step, arch_parameters, decisions, draw, set_sampler, weight_parameters
 from .batches import even_batches, example_inputs
 from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
-from .checks import check_export, check_one_batch
-from .costs import CostSources
-from .meters import Meters, mean_entropy, soft_and_hard
-from .modes import batch_statistics, normalisations
+from .checks import check_one_batch
+from .meters import Meters
+from .modes import normalisations
 from .report import ReportRow, SearchReport
 from .rng import global_state, restore_global_state, seed_global_state, user_state_kept
 from .run_log import RunLog
+from .searched import Priced, Searched
 from .setup import OptimizerLike, check_counts, library_version, own_fabric, own_optimizer
 from .signals import signal_handled
 
@@ -58,15 +43,15 @@ SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 
 class Trainer(ABC):
-    """Searches the mutables of a model: warm-up of the weights, then weights and alphas together.
+    """Searches a model: warm-up of the weights, then weights and alphas together, then perhaps the weights again.
 
-    A concrete trainer says what one search step does (``_search_step``), and nothing else. See its docstring for
-    the arguments. Life: construct, perhaps ``resume``, ``train`` (``fit`` is the same), ``export``.
+    A concrete trainer says what is searched (``Searched``: choices or masks) and what a step of each phase does; see
+    its docstring for the arguments. Life: construct, perhaps ``resume``, ``train`` (``fit`` is the same), ``export``.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        searched: Searched,
         *,
         loss: Callable[[Any, Any], Tensor],
         metrics: Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None,
@@ -76,13 +61,12 @@ class Trainer(ABC):
         dataset: Dataset[Any] | None,
         arch_dataset: Dataset[Any] | None,
         valid_dataset: Dataset[Any] | None,
-        arch_fraction: float,
+        arch_fraction: float | None,
         warmup_epochs: int,
         batch_size: int,
         workers: int,
         device: torch.device | str | None,
         log_frequency: int | None,
-        dummy_input: Sequence[int],
         scheduler: SchedulerFactory | None,
         warmup_scheduler: SchedulerFactory | None,
         seed: int,
@@ -92,40 +76,40 @@ class Trainer(ABC):
         checkpoint_dir: str | os.PathLike[str] | None,
         checkpoint_every: int | None,
         progress: bool | None,
-        costs: CostSources,
+        finetune_epochs: int = 0,
+        finetune_optimizer: OptimizerLike | None = None,
+        finetune_scheduler: SchedulerFactory | None = None,
     ) -> None:
-        check_counts(num_epochs, warmup_epochs, batch_size, workers, log_frequency, checkpoint_every)
-        self.model = model
+        check_counts(num_epochs, warmup_epochs, batch_size, workers, log_frequency, checkpoint_every, finetune_epochs)
+        self.searched, self.costs = searched, searched.costs
+        self.model = model = searched.model
         self.decisions = decisions(model)
-        if not arch_parameters(model):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has nothing to search: it holds no LayerChoice, InputChoice or Repeat"
-            )
         self.loss, self.metrics = loss, metrics
-        self.num_epochs, self.warmup_epochs = num_epochs, warmup_epochs
+        self.num_epochs, self.warmup_epochs, self.finetune_epochs = num_epochs, warmup_epochs, finetune_epochs
         self.dataset, self.valid_dataset = dataset, valid_dataset
         self.arch_dataset = dataset if arch_dataset is None else arch_dataset
         self.arch_fraction, self.batch_size, self.workers = arch_fraction, batch_size, workers
-        self.log_frequency, self.dummy_input, self.seed = log_frequency, tuple(dummy_input), seed
+        self.log_frequency, self.seed = log_frequency, seed
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_every, self.progress = checkpoint_every, progress
         self.fabric = own_fabric(device, devices, strategy, precision)
         self.weights, self.norms = weight_parameters(model), normalisations(model)
         self.optimizer = own_optimizer(optimizer, self.weights)
         self.arch_optimizer = arch_optimizer(arch_parameters(model))
-        self._first_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self._factories = {"warmup": warmup_scheduler, "search": scheduler}
+        self.finetune_optimizer = self.optimizer
+        if finetune_epochs:
+            self.finetune_optimizer = own_optimizer(finetune_optimizer or optimizer, self.weights)
+        self._first_lrs = {id(o): [g["lr"] for g in o.param_groups] for o in (self.optimizer, self.finetune_optimizer)}
+        self._factories = {"warmup": warmup_scheduler, "search": scheduler, "finetune": finetune_scheduler}
         self.scheduler: LRScheduler | None = None
         self.generator = torch.Generator().manual_seed(mix_seed(seed, 0))
         self.step = 0
         self.arch_batches = 0
         self.history: list[dict[str, Any]] = []
         self.split: Split | None = None
-        self.costs = costs
-        costs.check_for(model)
         self._meters = Meters()
         self._argmax = argmax_choices(model)
-        self._costs: dict[str, Cost] = {}
+        self._ended: dict[str, int] = {}  # phases that are over, with the epochs they had
         self._latest: dict[str, Tensor | float] = {}
         self._scheduler_state: dict[str, Any] | None = None
         self._global_state: dict[str, Any] | None = None
@@ -138,7 +122,7 @@ class Trainer(ABC):
     # ---- what a user calls -------------------------------------------------------------------------------------
 
     def train(self) -> list[dict[str, Any]]:
-        """Run what is left of the warm-up and the search; returns one record per epoch, also ``history``.
+        """Run what is left of the phases; returns one record per epoch, also ``history``.
 
         Everything that can be wrong is looked at before the first step. Checkpoints go to ``checkpoint_dir`` after
         every epoch and every ``checkpoint_every`` steps.
@@ -147,10 +131,12 @@ class Trainer(ABC):
             weight_batches, arch_batches = self._prepare()
             stack.enter_context(self._running())
             batches = stack.enter_context(closing(weight_batches.iterate(self.step)))
-            self._arch_iterator = stack.enter_context(closing(arch_batches.iterate(self.arch_batches)))
+            if arch_batches is not None:
+                self._arch_iterator = stack.enter_context(closing(arch_batches.iterate(self.arch_batches)))
             self._enter_run()
             while self.step < self.total_steps:
                 self._epoch(batches)
+            self._after_run()
             if self._log is not None:
                 self._log.table(self.step, self.history[-1:])
         return self.history
@@ -158,16 +144,16 @@ class Trainer(ABC):
     fit = train
 
     def evaluate(self, dataset: Dataset[Any] | None = None) -> dict[str, float]:
-        """Loss and metrics of the current argmax path on ``dataset`` (default: ``valid_dataset``).
+        """Loss and metrics, on ``dataset`` (default: ``valid_dataset``), of the network that would be exported now.
 
-        BatchNorm uses the statistics of each batch, because the running ones of a supernet mix all its paths;
-        nothing of the model moves.
+        In eval mode, and nothing of the model moves. BatchNorm uses the running statistics under masks; along the
+        argmax path of choices those of each batch, because the running ones of a supernet mix all its paths.
         """
         dataset = self.valid_dataset if dataset is None else dataset
         if dataset is None:
             raise ConfigurationError("evaluate(): no data; pass a dataset, or valid_dataset to the trainer")
         meters = Meters()
-        with evaluated(self.model, Argmax()), batch_statistics(self.model):
+        with self.searched.as_found():
             for inputs, target in even_batches(dataset, self.batch_size):
                 inputs, target = self._to_device(inputs), self._to_device(target)
                 with self.fabric.autocast():
@@ -177,49 +163,58 @@ class Trainer(ABC):
         return meters.averages()
 
     def export(
-        self, path: str | os.PathLike[str] | None = None, *, budget: Mapping[str, float] | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        budget: Mapping[str, float] | None = None,
+        best: bool = True,
     ) -> dict[str, Any]:
         """The found architecture as label -> decision, and as a JSON file if ``path`` is given.
 
-        Argmax of every decision; with ``budget`` (cost name -> limit) the most probable architecture that keeps
-        it, exactly. The network is rebuilt and compared with the searched one first; if they differ, ExportError
-        says where and nothing is written.
+        Argmax of every choice, or what the masks keep; with ``budget`` (cost name -> limit) the most probable choices
+        that keep it, exactly. ``best=False``: of the network as it is now, where a trainer keeps its best epoch. The
+        network is rebuilt and compared with the searched one first; if they differ, ExportError says where and nothing
+        is written.
         """
-        choices = self._decide(budget)
-        verified_fixed(self.model, choices, self._examples())
-        if path is not None:
-            costs = {name: self.cost_model(name).of(choices) for name in ("params", *self.costs.names)}
-            created_by = {
-                "library": f"oneshot-nas {library_version()}",
-                "trainer": type(self).__name__,
-                "seed": self.seed,
-                "budget": dict(budget or {}),
-                **self.costs.facts(),
-            }
-            write_arch(path, self.model, choices, costs=costs, created_by=created_by)
-        return arch_of(self.model, choices)
+        with self._as_kept(best):
+            choices = self.searched.decide(budget)
+            verified_fixed(self.model, choices, self._examples())
+            if path is not None:
+                costs = {name: self.cost_model(name).of(choices) for name in ("params", *self.searched.names)}
+                created_by = {
+                    "library": f"oneshot-nas {library_version()}",
+                    "trainer": type(self).__name__,
+                    "seed": self.seed,
+                    "budget": dict(budget or {}),
+                    **self.costs.facts(),
+                }
+                write_arch(path, self.model, choices, costs=costs, created_by=created_by)
+            return arch_of(self.model, choices)
 
-    def export_model(self, *, budget: Mapping[str, float] | None = None) -> nn.Module:
+    def export_model(self, *, budget: Mapping[str, float] | None = None, best: bool = True) -> nn.Module:
         """The found architecture as a plain network with the trained weights, compared with the searched one."""
-        return verified_fixed(self.model, self._decide(budget), self._examples())
+        with self._as_kept(best):
+            return verified_fixed(self.model, self.searched.decide(budget), self._examples())
 
-    def report(self, *, budget: Mapping[str, float] | None = None) -> SearchReport:
+    def report(self, *, budget: Mapping[str, float] | None = None, best: bool = True) -> SearchReport:
         """The found network's costs: target, prediction and, for a latency of this machine, a measurement.
 
         ``budget`` as in ``export``; without one, targets are what the costs were compared with in the search. The
         rebuilt network is timed on the CPU, by the runtime and with the threads that the latency was measured with.
         """
-        choices = self._decide(budget)
-        plain = verified_fixed(self.model, choices, self._examples())
-        targets = budget or self._cost_references()
-        rows = []
-        for name in dict.fromkeys(("params", *self.costs.names, *targets)):
-            cost, timing = self.cost_model(name), None
-            if name == "latency_ms" and self.costs.runtime is not None:
-                runtime, threads = self.costs.runtime
-                timing = time_module(plain.cpu(), (self._dummy().cpu(),), runtime=runtime, threads=threads)
-            rows.append(ReportRow(name, cost.unit, targets.get(name), cost.of(choices), timing))
-        return SearchReport(arch_of(self.model, choices), tuple(rows), self.costs.notes())
+        with self._as_kept(best):
+            choices = self.searched.decide(budget)
+            plain = verified_fixed(self.model, choices, self._examples())
+            targets = budget or self._cost_references()
+            rows = []
+            for name in dict.fromkeys(("params", *self.searched.names, *targets)):
+                cost, timing = self.cost_model(name), None
+                if name == "latency_ms" and self.costs.runtime is not None:
+                    runtime, threads = self.costs.runtime
+                    args = tuple(tensor.cpu() for tensor in self.searched.example())
+                    timing = time_module(plain.cpu(), args, runtime=runtime, threads=threads)
+                rows.append(ReportRow(name, cost.unit, targets.get(name), cost.of(choices), timing))
+            return SearchReport(arch_of(self.model, choices), tuple(rows), self.costs.notes())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that ``resume`` needs into one file, atomically."""
@@ -242,6 +237,9 @@ class Trainer(ABC):
             "argmax": self._argmax,
             "log_size": self._log_size if self._log is None else self._log.size,
             "latency_table": None if self.latency_table is None else asdict(self.latency_table),
+            "ended": dict(self._ended),
+            "finetune_optimizer": self.finetune_optimizer.state_dict(),
+            "own": self._own_state(),
         }
         write_checkpoint(Path(path), state)
 
@@ -271,24 +269,27 @@ class Trainer(ABC):
         self.step, self.arch_batches = state["step"], state["arch_batches"]
         self.history, self._argmax = list(state["history"]), dict(state["argmax"])
         if state["latency_table"] is not None and self.costs.measures:
-            self.costs.table = LatencyTable(**state["latency_table"])
-            self._costs.clear()
+            self.searched.take_table(LatencyTable(**state["latency_table"]))
         self._scheduler_state, self._global_state = state["scheduler"], state["global"]
         self._log_size = state["log_size"]
+        if "ended" in state:  # older files know two phases only
+            self._ended = dict(state["ended"])
+            if self.finetune_optimizer is not self.optimizer:
+                self.finetune_optimizer.load_state_dict(state["finetune_optimizer"])
+            self._load_own_state(state["own"])
 
     @property
     def latency_table(self) -> LatencyTable | None:
         """The table behind 'latency_ms', once it has been read or measured."""
         return self.costs.table
 
-    def cost_model(self, name: str) -> Cost:
+    def cost_model(self, name: str) -> Priced:
         """A cost of this search model by name: one that is counted, ``'peak_memory'``, or one the trainer was given."""
-        if name not in self._costs:
-            self._costs[name] = self.costs.build(name, self.model, (self._dummy(),), self._measured_once)
-        return self._costs[name]
+        return self.searched.cost_model(name)
 
     def _measured_once(self, runtime: str) -> LatencyTable:
-        return self._on_first_process(lambda: measure_table(self.model, self._dummy(), runtime=runtime))
+        (example,) = self.searched.example()
+        return self._on_first_process(lambda: measure_table(self.model, example, runtime=runtime))
 
     # ---- what a concrete trainer says --------------------------------------------------------------------------
 
@@ -297,8 +298,8 @@ class Trainer(ABC):
         """One step of the search phase on a batch of the weight split."""
 
     @abstractmethod
-    def _warmup_step(self, batch: Any) -> None:
-        """One step of the warm-up."""
+    def _weight_step(self, batch: Any) -> None:
+        """One step of the weights alone, in the warm-up and the fine-tuning."""
 
     def _cost_references(self) -> Mapping[str, float]:
         """What these costs are compared with, in their units."""
@@ -306,6 +307,30 @@ class Trainer(ABC):
 
     def _check_run(self) -> None:
         """Raise for a plan that cannot work, with everything known but before the first step."""
+
+    def _enter_phase(self, phase: str) -> None:
+        """What a phase begins with; it may be done twice, when a run is taken up exactly there."""
+
+    def _after_epoch(self, phase: str) -> None:
+        """Look at ``history`` at the end of an epoch; may call ``_end_phase``."""
+
+    def _after_run(self) -> None:
+        """What is done when all phases are over."""
+
+    def _as_kept(self, best: bool) -> AbstractContextManager[None]:
+        """Inside, the model is as in the epoch that is kept, if ``best`` and one is."""
+        return nullcontext()
+
+    def _own_settings(self) -> dict[str, Any]:
+        """What else must be the same when a run is taken up again."""
+        return {}
+
+    def _own_state(self) -> dict[str, Any]:
+        """What else a checkpoint holds, tensors and plain data."""
+        return {}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``_own_state`` returned."""
 
     # ---- pieces of a step --------------------------------------------------------------------------------------
 
@@ -320,18 +345,23 @@ class Trainer(ABC):
             output = self.model(inputs)
             return loss(output, target), output, target
 
-    def _update_weights(self, batch: Any, sampler: Sampler) -> None:
-        """One step of the weights on the paths of ``sampler``; what did not run is not touched."""
-        self._set(sampler)
-        self.optimizer.zero_grad(set_to_none=True)
+    def _update_weights(self, batch: Any, sampler: Sampler | None = None) -> None:
+        """One step of the weights on the paths of ``sampler``, if given; what did not run is not touched."""
+        if sampler is not None:
+            self._set(sampler)
+        self._weight_optimizer.zero_grad(set_to_none=True)
         loss, output, target = self._forward(batch, self.loss)
         self._check_finite({"loss": loss})
         self.fabric.backward(loss)
+        self._step_weights()
+        self._note({"loss": loss, **self._measured(output, target)})
+
+    def _step_weights(self) -> None:
+        """Move the weights by the gradients that they have."""
         self._average_gradients(self.weights)
-        self.optimizer.step()
+        self._weight_optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        self._note({"loss": loss, **self._measured(output, target)})
 
     def _next_arch_batch(self) -> Any:
         self.arch_batches += 1
@@ -360,6 +390,14 @@ class Trainer(ABC):
             for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
 
+    def _average_statistics(self) -> None:
+        # Every process has seen other samples, and all of them have to judge one network.
+        if self.fabric.world_size > 1:
+            for tensor in (buffer for norm in self.norms for buffer in norm.buffers() if buffer.is_floating_point()):
+                mean = self.fabric.all_reduce(tensor, reduce_op="mean")
+                assert isinstance(mean, Tensor)
+                tensor.copy_(mean)
+
     def _check_finite(self, terms: Mapping[str, Tensor]) -> None:
         if all(bool(torch.isfinite(value)) for value in terms.values()):
             return
@@ -381,8 +419,14 @@ class Trainer(ABC):
         return len(self.split.weight) // (self.batch_size * self.fabric.world_size)
 
     @property
+    def phases(self) -> dict[str, int]:
+        """Phase -> its epochs, as planned or, where one is over, as they were."""
+        planned = {"warmup": self.warmup_epochs, "search": self.num_epochs, "finetune": self.finetune_epochs}
+        return {phase: self._ended.get(phase, epochs) for phase, epochs in planned.items()}
+
+    @property
     def total_steps(self) -> int:
-        return (self.warmup_epochs + self.num_epochs) * self.steps_per_epoch
+        return sum(self.phases.values()) * self.steps_per_epoch
 
     @property
     def epoch(self) -> int:
@@ -391,7 +435,11 @@ class Trainer(ABC):
 
     @property
     def phase(self) -> str:
-        return "warmup" if self.epoch < self.warmup_epochs else "search"
+        phases = self.phases
+        if self.epoch < phases["warmup"]:
+            return "warmup"
+        is_last = phases["finetune"] == 0 or self.epoch < phases["warmup"] + phases["search"]
+        return "search" if is_last else "finetune"
 
     @property
     def search_step(self) -> int:
@@ -400,7 +448,7 @@ class Trainer(ABC):
 
     # ---- the run -----------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> tuple[BatchStream, BatchStream]:
+    def _prepare(self) -> tuple[BatchStream, BatchStream | None]:
         dataset, arch_dataset = self.dataset, self.arch_dataset
         if dataset is None or arch_dataset is None:
             raise ConfigurationError(
@@ -414,25 +462,32 @@ class Trainer(ABC):
             raise ConfigurationError(
                 f"dataset has {n} samples and arch_dataset {n_arch}; it must be the same samples in the same order"
             )
-        self.split = stratified_split(targets_of(dataset), self.arch_fraction, mix_seed(self.seed, 4) % 2**32, n)
+        self.split = self._split(dataset, n)
         common: dict[str, Any] = {
             "batch_size": self.batch_size,
             "workers": self.workers,
             "rank": self.fabric.global_rank,
             "world_size": self.fabric.world_size,
         }
-        streams = (
-            BatchStream(dataset, self.split.weight, seed=mix_seed(self.seed, 5), **common),
-            BatchStream(arch_dataset, self.split.arch, seed=mix_seed(self.seed, 6), **common),
-        )
+        weight_batches = BatchStream(dataset, self.split.weight, seed=mix_seed(self.seed, 5), **common)
+        arch_batches = None
+        if self.split.arch:
+            arch_batches = BatchStream(arch_dataset, self.split.arch, seed=mix_seed(self.seed, 6), **common)
         check_one_batch(self.model, self.loss, dataset)
-        check_export(self.model, self._examples())
+        self.searched.check_export(self._examples())
         self._check_run()
         self.fabric.to_device(self.model)
         if self.checkpoint_dir is not None and self.fabric.is_global_zero:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.checkpoint_dir)
-        return streams
+        return weight_batches, arch_batches
+
+    def _split(self, dataset: Dataset[Any], n: int) -> Split:
+        """What trains the weights and what trains the architecture; without ``arch_fraction``, all of it both."""
+        seed = mix_seed(self.seed, 4) % 2**32
+        if self.arch_fraction is None:
+            return Split(tuple(range(n)), (), seed, 0)
+        return stratified_split(targets_of(dataset), self.arch_fraction, seed, n)
 
     def _same_start_everywhere(self) -> None:
         """Every process begins with the weights and alphas of the first one."""
@@ -452,36 +507,58 @@ class Trainer(ABC):
         if self._global_state is None:
             seed_global_state(self.seed)
         if not self._at_phase_start():
-            lrs = [group["lr"] for group in self.optimizer.param_groups]
+            groups = self._weight_optimizer.param_groups
+            lrs = [group["lr"] for group in groups]
             self._build_scheduler()
             if self.scheduler is not None and scheduler is not None:
                 self.scheduler.load_state_dict(scheduler)
-            for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            for group, lr in zip(groups, lrs, strict=True):
                 group["lr"] = lr
         if self._global_state is not None:
             restore_global_state(self._global_state)
 
+    @property
+    def _weight_optimizer(self) -> Optimizer:
+        return self.finetune_optimizer if self.phase == "finetune" else self.optimizer
+
     def _at_phase_start(self) -> bool:
-        return self.step in (0, self.warmup_epochs * self.steps_per_epoch)
+        phases = self.phases
+        starts = [0, phases["warmup"]]
+        if phases["finetune"]:
+            starts.append(phases["warmup"] + phases["search"])
+        return self.step in [start * self.steps_per_epoch for start in starts]
+
+    def _begin_phase(self, phase: str) -> None:
+        phases = self.phases
+        for earlier in list(phases)[: list(phases).index(phase)]:
+            self._end_phase(earlier, phases[earlier])
+        self._enter_phase(phase)
+        if phase == "finetune":
+            self.finetune_optimizer.state.clear()
+        self._build_scheduler()
+
+    def _end_phase(self, phase: str, epochs: int) -> None:
+        """The phase is over after so many epochs of it, whatever was planned."""
+        self._ended[phase] = epochs
 
     def _build_scheduler(self) -> None:
-        factory = self._factories[self.phase]
-        epochs = self.warmup_epochs if self.phase == "warmup" else self.num_epochs
-        for group, lr in zip(self.optimizer.param_groups, self._first_lrs, strict=True):
+        optimizer, factory = self._weight_optimizer, self._factories[self.phase]
+        for group, lr in zip(optimizer.param_groups, self._first_lrs[id(optimizer)], strict=True):
             group.pop("initial_lr", None)
             group["lr"] = lr
-        self.scheduler = None if factory is None else factory(self.optimizer, epochs * self.steps_per_epoch)
+        n_steps = self.phases[self.phase] * self.steps_per_epoch
+        self.scheduler = None if factory is None else factory(optimizer, n_steps)
 
     def _epoch(self, batches: Iterator[Any]) -> None:
         """The rest of the current epoch."""
         epoch, phase = self.epoch, self.phase
         if self._at_phase_start():
-            self._build_scheduler()
+            self._begin_phase(phase)
         if self.step % self.steps_per_epoch == 0:
             self._meters = Meters()
         self.model.train()
-        step_of = self._warmup_step if phase == "warmup" else self._search_step
-        last = self.warmup_epochs + self.num_epochs - 1
+        step_of = self._search_step if phase == "search" else self._weight_step
+        last = sum(self.phases.values()) - 1
         line = Progress(self.total_steps, f"{phase}, epoch {epoch} of 0..{last}", self.step, self._shows())
         with closing(line):
             while self.epoch == epoch:
@@ -497,19 +574,18 @@ class Trainer(ABC):
 
     def _end_epoch(self, phase: str, epoch: int) -> None:
         now = argmax_choices(self.model)
-        values: dict[str, Any] = dict(self._meters.averages())
-        values["entropy"] = mean_entropy(self.decisions)
-        values["changed"] = sum(now[label] != self._argmax[label] for label in now)
-        for name in self.costs.names:
-            values[f"{name}_soft"], values[f"{name}_hard"] = soft_and_hard(self.cost_model(name), self.decisions)
+        self._average_statistics()
+        values: dict[str, Any] = {**self._meters.averages(), **self.searched.numbers(self._argmax, now)}
+        for name, (soft, hard) in self.searched.soft_and_hard().items():
+            values[f"{name}_soft"], values[f"{name}_hard"] = soft, hard
         if self.valid_dataset is not None:
             values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
         self._argmax = now
         self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
         self._log_values("epoch", phase, epoch, values)
         if self._log is not None:
-            probabilities = {k: d.alpha.detach().softmax(0).tolist() for k, d in self.decisions.items()}
-            self._log.probabilities(self.step, probabilities)
+            self._log.probabilities(self.step, self.searched.shares())
+        self._after_epoch(phase)
 
     def _log_values(self, kind: str, phase: str, epoch: int, values: Mapping[str, Any]) -> None:
         if self._log is not None:
@@ -517,11 +593,11 @@ class Trainer(ABC):
 
     def _progress_values(self) -> dict[str, float | str]:
         shown: dict[str, float | str] = dict(self._meters.averages())
-        shown["entropy"] = mean_entropy(self.decisions)
+        shown.update(self.searched.numbers(self._argmax, argmax_choices(self.model)))
         references = self._cost_references()
-        for name in self.costs.names:
-            soft, hard = soft_and_hard(self.cost_model(name), self.decisions)
-            shown[name] = f"{soft:.4g} soft, {hard:.4g} hard, reference {references[name]:.4g}"
+        for name, (soft, hard) in self.searched.soft_and_hard().items():
+            reference = f", reference {references[name]:.4g}" if name in references else ""
+            shown[name] = f"{soft:.4g} soft, {hard:.4g} hard{reference}"
         return shown
 
     def _maybe_checkpoint(self, *, at_epoch_end: bool) -> None:
@@ -559,18 +635,8 @@ class Trainer(ABC):
 
     # ---- small things ------------------------------------------------------------------------------------------
 
-    def _decide(self, budget: Mapping[str, float] | None) -> dict[str, int]:
-        if not budget:
-            return argmax_choices(self.model)
-        log_p = {k: d.alpha.detach().double().log_softmax(0).tolist() for k, d in self.decisions.items()}
-        return best_under_budget(log_p, {name: self.cost_model(name) for name in budget}, budget)
-
-    def _dummy(self) -> Tensor:
-        parameter = next(self.model.parameters())
-        return torch.rand(self.dummy_input, generator=torch.Generator().manual_seed(0)).to(parameter)
-
     def _examples(self) -> list[tuple[Any, ...]]:
-        return example_inputs(self.model, self.dataset, self._dummy())
+        return example_inputs(self.model, self.dataset, self.searched.example())
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same when a run is taken up again."""
@@ -581,8 +647,9 @@ class Trainer(ABC):
             "warmup_epochs": self.warmup_epochs,
             "world_size": self.fabric.world_size,
             "optimizer": type(self.optimizer).__name__,
-            "costs": self.costs.fingerprint(),
+            "costs": self.searched.fingerprint(),
             "parameters per group": [len(group["params"]) for group in self.optimizer.param_groups],
+            **self._own_settings(),
         }
 
     def _shows(self) -> bool | None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import ConfigurationError
@@ -30,10 +30,10 @@ def even_batches(dataset: Dataset[Any], batch_size: int) -> Iterator[tuple[Any, 
         yield batch[0], batch[1]
 
 
-def example_inputs(model: nn.Module, dataset: Dataset[Any] | None, dummy: Tensor) -> list[tuple[Any, ...]]:
+def example_inputs(model: nn.Module, dataset: Dataset[Any] | None, example: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """What an export is verified on: a sample of the data if there are any, and random numbers of its shape."""
     if dataset is None:
-        return [(dummy,)]
+        return [example]
     parameter = next(model.parameters())
     sample, _ = next(iter(even_batches(Subset(dataset, [0]), 1)))
     if not sample.is_floating_point():

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files import atomic_write
 
-__all__ = ["LAST", "PREVIOUS", "check_fits", "read_checkpoint", "write_checkpoint"]
+__all__ = ["BEST", "LAST", "PREVIOUS", "check_fits", "read_checkpoint", "write_checkpoint"]
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 _FORMAT = "oneshot-checkpoint"
 _VERSION = 1
 _KEYS = (
@@ -33,9 +33,13 @@ _LOAD_ERRORS = (
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state`` (tensors and plain data); the file that stood there becomes ``previous.ckpt`` beside it."""
+    """Write ``state`` (tensors and plain data); the file that stood there becomes ``previous.ckpt`` beside it.
+
+    A ``best.ckpt`` is replaced, because the previous file belongs to the last one.
+    """
     data = {"format": _FORMAT, "version": _VERSION, **state}
-    atomic_write(path, lambda file: torch.save(data, file), keep_previous=path.with_name(PREVIOUS))
+    previous = None if path.name == BEST else path.with_name(PREVIOUS)
+    atomic_write(path, lambda file: torch.save(data, file), keep_previous=previous)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

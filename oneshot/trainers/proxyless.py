@@ -16,6 +16,7 @@ from ..cost.hardware import Hardware
 from ..errors import ConfigurationError
 from ..mutables import BinaryGates
 from .base import SchedulerFactory, Trainer
+from .choices import Choices
 from .cost_loss import DEFAULT_REFERENCE, CostLoss
 from .costs import CostSources
 from .modes import frozen_statistics, frozen_weights
@@ -128,8 +129,9 @@ class ProxylessTrainer(Trainer):
             raise ConfigurationError(f"paths={paths!r}: allowed are 2 and 'all'")
         if not isinstance(arch_every, int) or arch_every < 1:
             raise ConfigurationError(f"arch_every={arch_every!r}: an integer of at least 1 is needed")
+        self.choices = Choices(model, CostSources(cost, applied_hardware, missing), dummy_input, self._measured_once)
         super().__init__(
-            model,
+            self.choices,
             loss=loss,
             metrics=metrics,
             optimizer=optimizer,
@@ -144,7 +146,6 @@ class ProxylessTrainer(Trainer):
             workers=workers,
             device=device,
             log_frequency=log_frequency,
-            dummy_input=dummy_input,
             scheduler=scheduler,
             warmup_scheduler=warmup_scheduler,
             seed=seed,
@@ -154,7 +155,6 @@ class ProxylessTrainer(Trainer):
             checkpoint_dir=checkpoint_dir,
             checkpoint_every=checkpoint_every,
             progress=progress,
-            costs=CostSources(cost, applied_hardware, missing),
         )
         self.arch_loss = loss if arch_loss is None else arch_loss
         self.arch_every, self.skip_first_epoch = arch_every, skip_first_epoch
@@ -170,7 +170,7 @@ class ProxylessTrainer(Trainer):
 
     # ---- the algorithm -----------------------------------------------------------------------------------------
 
-    def _warmup_step(self, batch: Any) -> None:
+    def _weight_step(self, batch: Any) -> None:
         self._update_weights(batch, BinaryGates(1))
 
     def _search_step(self, batch: Any) -> None:
@@ -206,7 +206,7 @@ class ProxylessTrainer(Trainer):
         if not self.costs.names:
             return {}
         probabilities = {label: decision.probabilities() for label, decision in self.decisions.items()}
-        return {name: self.cost_model(name).soft(probabilities) for name in self.costs.names}
+        return {name: self.choices.cost_model(name).soft(probabilities) for name in self.costs.names}
 
     def _cost_references(self) -> Mapping[str, float]:
         return self.cost_loss.references
@@ -219,7 +219,7 @@ class ProxylessTrainer(Trainer):
                 f"{', the first one without' if self.skip_first_epoch else ''}, and one every {self.arch_every} steps"
             )
         uniform = {k: torch.full((len(d.options),), 1 / len(d.options)) for k, d in self.decisions.items()}
-        at_start = {name: self.cost_model(name).soft(uniform) for name in self.costs.names}
+        at_start = {name: self.choices.cost_model(name).soft(uniform) for name in self.costs.names}
         if self.normalize:
             self.cost_loss.refer_to({name: float(cost) for name, cost in at_start.items()})
         measured = self.costs.measures and self.fabric.is_global_zero

@@ -25,6 +25,8 @@ def check_counts(
     workers: int,
     log_frequency: int | None,
     checkpoint_every: int | None,
+    finetune_epochs: int = 0,
+    patience: int | None = None,
 ) -> None:
     least = {
         "num_epochs": (num_epochs, 0),
@@ -33,6 +35,8 @@ def check_counts(
         "workers": (workers, 0),
         "log_frequency": (log_frequency, 1),
         "checkpoint_every": (checkpoint_every, 1),
+        "finetune_epochs": (finetune_epochs, 0),
+        "patience": (patience, 1),
     }
     for name, (value, low) in least.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):

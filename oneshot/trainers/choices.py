@@ -1,0 +1,103 @@
+"""Searching choices: LayerChoice, InputChoice and Repeat, by their alphas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from ..cost import Cost, LatencyTable, best_under_budget
+from ..errors import UnsupportedModelError
+from ..export import argmax_choices
+from ..graph import evaluated
+from ..mutables import Argmax, arch_parameters, decisions
+from ..mutables.base import SearchModel
+from .checks import check_export
+from .costs import CostSources
+from .meters import mean_entropy, soft_and_hard
+from .modes import batch_statistics
+from .searched import Searched
+
+__all__ = ["Choices"]
+
+
+@final
+class Choices(Searched):
+    """The decisions of ``model``; costs are counted for an input of shape ``dummy_input``.
+
+    ``measure``: from the name of a runtime to a latency table of this machine. UnsupportedModelError for a model
+    without a choice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        costs: CostSources,
+        dummy_input: Sequence[int],
+        measure: Callable[[str], LatencyTable],
+    ) -> None:
+        super().__init__(model, costs)
+        if isinstance(model, SearchModel):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has masks and no choices: search it with PITTrainer, or hand over the network "
+                "with LayerChoice, InputChoice or Repeat in it"
+            )
+        self.decisions = decisions(model)
+        if not arch_parameters(model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has nothing to search: it holds no LayerChoice, InputChoice or Repeat"
+            )
+        costs.check_for(model)
+        self.dummy_input = tuple(dummy_input)
+        self._measure = measure
+        self._costs: dict[str, Cost] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.costs.names
+
+    def fingerprint(self) -> dict[str, str]:
+        return self.costs.fingerprint()
+
+    def cost_model(self, name: str) -> Cost:
+        if name not in self._costs:
+            self._costs[name] = self.costs.build(name, self.model, self.example(), self._measure)
+        return self._costs[name]
+
+    def take_table(self, table: LatencyTable) -> None:
+        self.costs.table = table
+        self._costs.clear()
+
+    def example(self) -> tuple[Any, ...]:
+        parameter = next(self.model.parameters())
+        return (torch.rand(self.dummy_input, generator=torch.Generator().manual_seed(0)).to(parameter),)
+
+    def check_export(self, examples: Sequence[Sequence[Any]]) -> None:
+        check_export(self.model, examples)
+
+    @contextmanager
+    def as_found(self) -> Iterator[None]:
+        # The running statistics of a supernet mix all its paths.
+        with evaluated(self.model, Argmax()), batch_statistics(self.model):
+            yield
+
+    def decide(self, budget: Mapping[str, float] | None) -> dict[str, int]:
+        if not budget:
+            return argmax_choices(self.model)
+        log_p = {k: d.alpha.detach().double().log_softmax(0).tolist() for k, d in self.decisions.items()}
+        return best_under_budget(log_p, {name: self.cost_model(name) for name in budget}, budget)
+
+    def numbers(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
+        return {
+            "entropy": mean_entropy(self.decisions),
+            "changed": sum(now[label] != before[label] for label in now),
+        }
+
+    def soft_and_hard(self) -> dict[str, tuple[float, float]]:
+        return {name: soft_and_hard(self.cost_model(name), self.decisions) for name in self.names}
+
+    def shares(self) -> dict[str, list[float]]:
+        return {label: d.alpha.detach().softmax(0).tolist() for label, d in self.decisions.items()}

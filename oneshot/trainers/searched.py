@@ -1,0 +1,79 @@
+"""What is searched in a model, as the loop, the files and the report of a run see it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..cost import LatencyTable
+from .costs import CostSources
+
+__all__ = ["Priced", "Searched"]
+
+
+class Priced(Protocol):
+    """A cost of the architectures of a model, in its unit."""
+
+    @property
+    def unit(self) -> str: ...
+
+    def of(self, choices: Mapping[str, Any], /) -> float: ...
+
+
+class Searched(ABC):
+    """The choices, or the masks, of ``model``.
+
+    An architecture is label -> option or decision, as ``argmax_choices`` returns it. ``costs``: where the costs come
+    from that are not counted in the model itself.
+    """
+
+    def __init__(self, model: nn.Module, costs: CostSources) -> None:
+        self.model, self.costs = model, costs
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The costs that are followed in the run."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """What each of them is, as text: a run is taken up again with the same costs only."""
+
+    @abstractmethod
+    def cost_model(self, name: str) -> Priced:
+        """A cost by name; ConfigurationError if there is none."""
+
+    @abstractmethod
+    def example(self) -> tuple[Any, ...]:
+        """The inputs that costs are counted for, on the model's device."""
+
+    @abstractmethod
+    def check_export(self, examples: Sequence[Sequence[Any]]) -> None:
+        """ExportError, before the search, for an export that would be refused after it."""
+
+    @abstractmethod
+    def as_found(self) -> AbstractContextManager[None]:
+        """Inside, the model is the network that would be exported now, in eval mode without grad."""
+
+    @abstractmethod
+    def decide(self, budget: Mapping[str, float] | None) -> dict[str, Any]:
+        """The architecture found, within ``budget`` if there is one."""
+
+    @abstractmethod
+    def numbers(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
+        """How decided the search is; ``before``: the architecture of an epoch ago, ``now``: that of now."""
+
+    @abstractmethod
+    def soft_and_hard(self) -> dict[str, tuple[float, float]]:
+        """Each cost of the run: the relaxed one that has the gradient, and that of the network exported now."""
+
+    @abstractmethod
+    def shares(self) -> dict[str, list[float]]:
+        """Label -> a number in [0, 1] for each thing that can be decided there."""
+
+    def take_table(self, table: LatencyTable) -> None:
+        """A latency table that an earlier part of this run measured."""
