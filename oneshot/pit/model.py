@@ -9,7 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from contextlib import contextmanager
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
@@ -125,9 +125,8 @@ class PIT(SearchModel):
         columns = self.space.columns()
         self.weight_masks = WeightMasks(self.masks.places(shapes), columns, ranks, self.masks.size - 1)
         names = names_of_parameters(self.network)
-        self._aliases = [names[name] for name in self.weight_masks.names]
-        owners = [name.rpartition(".") for name in self.weight_masks.names]
-        self._owners = [(self.network.get_submodule(path), leaf) for path, _, leaf in owners]
+        split = [[name.rpartition(".") for name in names[weight]] for weight in self.weight_masks.names]
+        self._owners = [[(self.network.get_submodule(path), leaf) for path, _, leaf in of_one] for of_one in split]
 
     # ---- the masked network --------------------------------------------------------------------------------------
 
@@ -138,13 +137,9 @@ class PIT(SearchModel):
         flat = self.masks()
         # The costs of the same step take these masks over: they are what the loss of this forward belongs to.
         self._flat_of_step = flat if learns and not torch.compiler.is_compiling() else None
-        return functional_call(self.network, self._masked_weights(flat.hard), args, kwargs, tie_weights=False)
-
-    def _masked_weights(self, hard: Tensor) -> dict[str, Tensor]:
-        """Name -> weight times its masks, under every name it has."""
-        weights = [getattr(module, leaf) for module, leaf in self._owners]
-        masked = self.weight_masks(hard, weights)
-        return {alias: weight for aliases, weight in zip(self._aliases, masked, strict=True) for alias in aliases}
+        masked = self.weight_masks(flat.hard, [getattr(places[0][0], places[0][1]) for places in self._owners])
+        with _in_place(self._owners, masked):
+            return self.network(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a network hold no part of a graph.
@@ -376,6 +371,22 @@ class PIT(SearchModel):
             if row:
                 found[path] = row
         return found
+
+
+@contextmanager
+def _in_place(owners: Sequence[Sequence[tuple[nn.Module, str]]], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Other tensors in the place of parameters: ``torch.func.functional_call``, without looking the names up."""
+    held = [owner._parameters if leaf in owner._parameters else owner._buffers for ((owner, leaf), *_) in owners]
+    before = [of_owner[places[0][1]] for of_owner, places in zip(held, owners, strict=True)]
+    try:
+        for places, tensor in zip(owners, tensors, strict=True):
+            for owner, leaf in places:
+                (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for places, tensor in zip(owners, before, strict=True):
+            for owner, leaf in places:
+                (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # type: ignore[assignment]
 
 
 def _summary_row(
