@@ -25,10 +25,17 @@ from .losses import LabelSmoothingLoss as LabelSmoothingLoss
 from .losses import accuracy as accuracy
 from .mutables import Argmax as Argmax
 from .mutables import BinaryGates as BinaryGates
+from .mutables import ChannelMask as ChannelMask
+from .mutables import DilationMask as DilationMask
 from .mutables import EveryPath as EveryPath
 from .mutables import GumbelSoftmax as GumbelSoftmax
 from .mutables import InputChoice as InputChoice
+from .mutables import KernelMask as KernelMask
 from .mutables import LayerChoice as LayerChoice
+from .mutables import MaskedConv1d as MaskedConv1d
+from .mutables import MaskedConv2d as MaskedConv2d
+from .mutables import MaskedConv3d as MaskedConv3d
+from .mutables import MaskedLinear as MaskedLinear
 from .mutables import OnePath as OnePath
 from .mutables import Repeat as Repeat
 from .mutables import Softmax as Softmax
@@ -39,6 +46,8 @@ from .mutables import decisions as decisions
 from .mutables import draw as draw
 from .mutables import set_sampler as set_sampler
 from .mutables import weight_parameters as weight_parameters
+from .pit import PIT as PIT
+from .pit import PITReport as PITReport
 from .trainers import ProxylessTrainer as ProxylessTrainer
 from .trainers import Trainer as Trainer
 

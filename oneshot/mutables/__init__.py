@@ -10,6 +10,13 @@ from .base import set_sampler as set_sampler
 from .base import weight_parameters as weight_parameters
 from .input_choice import InputChoice as InputChoice
 from .layer_choice import LayerChoice as LayerChoice
+from .masked import MaskedConv1d as MaskedConv1d
+from .masked import MaskedConv2d as MaskedConv2d
+from .masked import MaskedConv3d as MaskedConv3d
+from .masked import MaskedLinear as MaskedLinear
+from .masks import ChannelMask as ChannelMask
+from .masks import DilationMask as DilationMask
+from .masks import KernelMask as KernelMask
 from .repeat import Repeat as Repeat
 from .samplers import Argmax as Argmax
 from .samplers import BinaryGates as BinaryGates

@@ -276,7 +276,8 @@ class DilationMask(Mask):
     """
 
     def __init__(self, taps: int, label: str | None = None) -> None:
-        super().__init__(octaves(taps) if isinstance(taps, int) and not isinstance(taps, bool) else taps, label)
+        is_number = isinstance(taps, int) and not isinstance(taps, bool) and taps > 0
+        super().__init__(octaves(taps) if is_number else taps, label)
         self.taps = taps
 
     def hard(self) -> Tensor:

@@ -70,10 +70,12 @@ class MaskSet(nn.Module):
             made[kernel.kernel_label] = own.get(kernel.kernel_label) or KernelMask(kernel.taps, sizes=kernel.sizes)
             if kernel.dilated:
                 made[kernel.dilation_label] = own.get(kernel.dilation_label) or DilationMask(kernel.taps)
-        self.by_label = nn.ModuleDict({label.replace(".", "/"): mask for label, mask in made.items()})
+        # The names of modules have no dots, and a ModuleDict takes no "keys" or "items".
+        self._keys = {label: f"of:{label.replace('.', '/')}:{i}" for i, label in enumerate(made)}
+        self.by_label = nn.ModuleDict({self._keys[label]: mask for label, mask in made.items()})
         labels = [axis.label for axis in channels] + [kernel.kernel_label for kernel in kernels]
         labels += [kernel.dilation_label for kernel in kernels if kernel.dilated]
-        self._order = [label.replace(".", "/") for label in labels]
+        self._order = [self._keys[label] for label in labels]
         self._set_channel_buffers()
         self._set_kernel_buffers()
         self._starts = self._flat_starts()
@@ -82,13 +84,12 @@ class MaskSet(nn.Module):
     # ---- a mapping of labels to masks ----------------------------------------------------------------------------
 
     def __getitem__(self, label: str) -> Any:
-        key = label.replace(".", "/")
-        if key not in self.by_label:
+        if label not in self._keys:
             raise ConfigurationError(f"no mask {label!r}; there are {list(self)}")
-        return self.by_label[key]
+        return self.by_label[self._keys[label]]
 
     def __iter__(self) -> Iterator[str]:
-        return (key.replace("/", ".") for key in self.by_label)
+        return iter(self._keys)
 
     def __len__(self) -> int:
         return len(self.by_label)
@@ -130,8 +131,8 @@ class MaskSet(nn.Module):
                 mask.decide(arch[label])
         except ConfigurationError as error:
             with torch.no_grad():
-                for label, mask in self.items():
-                    mask.alpha.copy_(before[label])
+                for changed, mask in self.items():
+                    mask.alpha.copy_(before[changed])
             raise ArchMismatchError(f"label {label!r}: {error}") from error
 
     @torch.no_grad()

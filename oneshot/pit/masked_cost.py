@@ -8,7 +8,7 @@ tensors; it is differentiable as far as the formula is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -109,8 +109,7 @@ def _add(
     high = [form.at(sizes.full) for form in forms]
     if len(forms) <= MOST_FACTORS:
         coefficients = _multilinear(price, low, high)
-        middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
-        if _is_close(_value(coefficients, middle), price(middle)):
+        if all(_is_close(_value(coefficients, values), price(values)) for values in _checked(forms, sizes)):
             parts += [
                 Part(float(c), tuple(form for form, used in zip(forms, places, strict=True) if used))
                 for places, c in coefficients.items()
@@ -118,6 +117,16 @@ def _add(
             ]
             return
     asked.append(Asked(formula, sized(high), sized, forms))
+
+
+def _checked(forms: Sequence[Form], sizes: Sizes) -> Iterator[list[int]]:
+    """Where a formula is compared with what it was taken for: every size of each axis, at most 64, the others at both ends."""
+    for others in (sizes.lowest, sizes.full):
+        for axis in sorted({axis for form in forms for axis, _ in form.parts}):
+            low, high = sizes.lowest[axis], sizes.full[axis]
+            step = max(1, (high - low) // 64) | 1  # odd, so that steps of a power of two show
+            for size in (*range(low, high + 1, step), *range(low, min(low + 9, high + 1))):
+                yield [form.at([*others[:axis], size, *others[axis + 1 :]]) for form in forms]
 
 
 Coefficients = Mapping[tuple[bool, ...], Fraction]
@@ -341,8 +350,8 @@ class _Polynomials(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hard: Tensor, leads: Tensor, masks: MaskSet, tensors: tuple[Tensor, ...]) -> Tensor:
         constants, matrix, factors, coefficients = tensors
-        ctx.masks, ctx.tensors = masks, tensors
-        ctx.save_for_backward(leads)
+        # On ctx itself, where it stays: each cost of a step may be differentiated on its own.
+        ctx.masks, ctx.tensors, ctx.leads = masks, tensors, leads.detach()
         n = torch.addmv(constants, matrix, masks.sizes(hard))
         return coefficients @ n[factors].prod(1)
 
@@ -350,8 +359,7 @@ class _Polynomials(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         constants, matrix, factors, coefficients = ctx.tensors
-        (leads,) = ctx.saved_tensors
-        n = torch.addmv(constants, matrix, ctx.masks.sizes(leads))[factors]
+        n = torch.addmv(constants, matrix, ctx.masks.sizes(ctx.leads))[factors]
         of_factors = (n.prod(1) * (gradient @ coefficients))[:, None] / n
         of_forms = torch.zeros_like(constants).index_add_(0, factors.flatten(), of_factors.flatten())
-        return None, ctx.masks.of_sizes(of_forms @ matrix).to(leads.dtype), None, None
+        return None, ctx.masks.of_sizes(of_forms @ matrix).to(ctx.leads.dtype), None, None

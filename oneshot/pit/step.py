@@ -17,8 +17,6 @@ from ..graph.dimensions import Dimension
 
 __all__ = ["WeightMasks"]
 
-MOST_DIMENSIONS = 3
-
 
 class WeightMasks(nn.Module):
     """The masks of all weights of a network, from its flat vector.
@@ -39,6 +37,7 @@ class WeightMasks(nn.Module):
         for dimension in columns:
             of_weight.setdefault(dimension.name, []).append(dimension)
         self.names = list(of_weight)
+        most = max(len(dimensions) for dimensions in of_weight.values())
         self.shapes: list[list[int]] = []
         self.sums: list[list[int]] = []
         rows: list[Tensor] = []
@@ -49,14 +48,12 @@ class WeightMasks(nn.Module):
             for dimension in dimensions:
                 along = [-1 if d == dimension.dim else 1 for d in range(ranks[name])]
                 factors.append(places[dimension].view(along).expand(shape).flatten())
-            factors += [torch.full_like(factors[0], one)] * (MOST_DIMENSIONS - len(factors))
+            factors += [torch.full_like(factors[0], one)] * (most - len(factors))
             rows.append(torch.stack(factors))
             self.shapes.append(shape)
             self.sums.append([d for d in range(ranks[name]) if d not in sizes])
         self.lengths = [row.shape[1] for row in rows]
-        factor_rows = torch.cat(rows, 1)
-        used = [row for row in factor_rows if bool((row != one).any())]
-        self.register_buffer("factors", torch.stack(used), persistent=False)
+        self.register_buffer("factors", torch.cat(rows, 1), persistent=False)
 
     def forward(self, hard: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each weight times its mask, in the order of ``names``; ``hard``: the flat vector."""
@@ -69,10 +66,10 @@ class WeightMasks(nn.Module):
 
 
 class _MaskedWeights(torch.autograd.Function):
-    """W_l' = W_l M_l, and M the product of up to three elements of the flat vector m: M_e = m_a(e) m_b(e) m_c(e).
+    """W_l' = W_l M_l, and M the product of a few elements of the flat vector m: M_e = m_a(e) m_b(e) ...
 
     dL/dW_l = G_l M_l with G_l = dL/dW_l'. dL/dM_e is the sum of G_l W_l over what shares e, and dL/dm collects
-    dL/dM_e m_b(e) m_c(e) at a(e), and so on.
+    dL/dM_e m_b(e) ... at a(e), and so on.
     """
 
     @staticmethod

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ..errors import OneshotError
 from ..graph import evaluated
 from .axes import ChannelAxis
 from .mask_set import MaskSet
@@ -117,6 +118,10 @@ class _Trial:
         for renumber in (True,) if space.as_graph else (True, False):
             try:
                 small = cut_network(space, masks, self.model, renumber=renumber, rewriter=self.rewriter)
+            except OneshotError as error:
+                failure = failure or f"a cut of it cannot be made: {_first_line(error)}"
+                continue
+            try:
                 got = [self._run(small, mode, partial(_call, small)) for mode in self.modes]
             except Exception as error:  # noqa: BLE001  (the forward is the user's: anything may be raised by it)
                 failure = failure or f"a cut of it does not run: {type(error).__name__}: {_first_line(error)}"

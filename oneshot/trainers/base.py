@@ -272,11 +272,10 @@ class Trainer(ABC):
             self.searched.take_table(LatencyTable(**state["latency_table"]))
         self._scheduler_state, self._global_state = state["scheduler"], state["global"]
         self._log_size = state["log_size"]
-        if "ended" in state:  # older files know two phases only
-            self._ended = dict(state["ended"])
-            if self.finetune_optimizer is not self.optimizer:
-                self.finetune_optimizer.load_state_dict(state["finetune_optimizer"])
-            self._load_own_state(state["own"])
+        self._ended = dict(state["ended"])
+        if self.finetune_optimizer is not self.optimizer:
+            self.finetune_optimizer.load_state_dict(state["finetune_optimizer"])
+        self._load_own_state(state["own"])
 
     @property
     def latency_table(self) -> LatencyTable | None:

@@ -18,7 +18,7 @@ from ..mutables import arch_parameters
 from ..pit import PIT
 from .base import SchedulerFactory, Trainer
 from .batches import even_batches
-from .checkpoint import BEST, check_fits
+from .checkpoint import BEST
 from .masks import Masks
 from .modes import frozen_statistics, frozen_weights
 from .penalty import Penalty
@@ -78,7 +78,7 @@ class PITTrainer(Trainer):
         scheduler, warmup_scheduler, finetune_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after every
             weight step.
         seed, device, devices, strategy, precision, checkpoint_dir, checkpoint_every, log_frequency, progress: as in
-            ``ProxylessTrainer``. ``best.ckpt`` in ``checkpoint_dir`` is the kept epoch.
+            ``ProxylessTrainer``. ``best.ckpt`` in ``checkpoint_dir``: the epoch that targets or validation chose.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))  # 4 * 8 + 8 + 8 * 2 + 2 = 58 parameters
     >>> pit = PIT(net, input_shape=(4,))
@@ -343,8 +343,6 @@ class PITTrainer(Trainer):
         return {"best": self._best}
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        if state["best"] is not None:
-            check_fits(state["best"], self.model, "the kept epoch of the checkpoint")
         self._best = state["best"]
 
 
