@@ -21,6 +21,7 @@ LAYERS = (
     {"mutables"},
     {"graph"},
     {"cost", "export"},
+    {"pit"},
     {"trainers"},
     {"cli"},
     {"__main__"},

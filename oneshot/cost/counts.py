@@ -250,7 +250,7 @@ class Counted(NamedTuple):
 
 
 class CountedLayers(NamedTuple):
-    """The layers that a spec counts. ``is_outside(path, operator)``: whether it counts that operator there by itself."""
+    """The layers that a spec counts. ``is_outside(path, operator)``: whether it counts that operator by itself."""
 
     layers: tuple[Counted, ...]
     is_outside: Callable[[str, str], bool]

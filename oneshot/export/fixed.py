@@ -29,9 +29,9 @@ _LOOSE = 2e-2  # of half precision
 def fixed(model: nn.Module, arch: ArchSource | None = None) -> nn.Module:
     """The plain network of an arch, with copies of the weights of the chosen candidates.
 
-    ``model`` is left as it is; a ``PIT`` network is one too, and without ``arch`` its masks say what it is. The result holds no class of this library: a LayerChoice becomes its candidate, a
-    Repeat an ``nn.Sequential``, an InputChoice a small ``torch.fx.GraphModule``. ``arch``: a path, a mapping, or
-    None for a model that was built under ``fixed_arch``.
+    ``model`` is left as it is; without ``arch`` the masks of a ``PIT`` network say what is kept. The result holds no
+    class of this library: a LayerChoice becomes its candidate, a Repeat an ``nn.Sequential``, an InputChoice a small
+    ``torch.fx.GraphModule``. ``arch``: a path, a mapping, or None for a model that was built under ``fixed_arch``.
 
     >>> net = nn.Sequential(LayerChoice({"small": nn.Linear(2, 3), "none": nn.Identity()}, label="a"))
     >>> fixed(net, {"a": "small"})

@@ -186,7 +186,8 @@ class Finder:
 
     def _applied(self, step: Operator, known: Mapping[int, Labelled], program: Program) -> list[Labelled]:
         if not any(value.number in known and known[value.number].labels for value in step.inputs):
-            fixed = next((known[v.number].fixed for v in step.inputs if v.number in known and known[v.number].fixed), "")
+            sources = [known[value.number].fixed for value in step.inputs if value.number in known]
+            fixed = next((source for source in sources if source), "")
             return [Labelled(value.shape, fixed=fixed) for value in step.outputs]
         # What stands in the graph itself has no path; numbers inside of its layers are out of reach.
         given = Given(self.labels, step, known, program.integers, self.literals and not step.path)

@@ -256,7 +256,8 @@ class KernelMask(Mask):
     @torch.no_grad()
     def decide(self, decision: Any) -> None:
         if isinstance(decision, bool) or decision not in self.sizes:
-            raise ConfigurationError(f"KernelMask {self.label or ''}: size {decision!r}, allowed are {list(self.sizes)}")
+            allowed = list(self.sizes)
+            raise ConfigurationError(f"KernelMask {self.label or ''}: size {decision!r}, allowed are {allowed}")
         n = len(self.alpha)
         kept = 1 + self.sizes.index(decision)
         self.alpha.copy_((torch.arange(n, device=self.alpha.device) >= n - kept).to(self.alpha.dtype))

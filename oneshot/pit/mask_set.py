@@ -52,7 +52,7 @@ class MaskSet(nn.Module):
     granularity: Tensor
     scores: Tensor
     offset: Tensor
-    share: Tensor
+    divisor: Tensor
     one: Tensor
     axis_of: Tensor
     count_of: Tensor
@@ -104,15 +104,14 @@ class MaskSet(nn.Module):
         n, k = len(self.channels), len(self.kernels)
         found: dict[str, Any] = {}
         if n:
-            kept = self.kept(magnitude(torch.cat(alphas[:n]))).split([axis.units for axis in self.channels])
-            found.update(
-                {a.label: flags.nonzero().flatten().tolist() for a, flags in zip(self.channels, kept, strict=True)}
-            )
+            kept, _ = self.kept(magnitude(torch.cat(alphas[:n])))
+            pieces = zip(self.channels, kept.split([axis.units for axis in self.channels]), strict=True)
+            found.update({axis.label: flags.nonzero().flatten().tolist() for axis, flags in pieces})
         if k:
             flags = self.tap_scores(torch.cat(alphas[n:]).abs()) > THRESHOLD
             lengths = [kernel.taps for kernel in self.kernels]
-            pieces = flags.split([*lengths, *lengths])
-            for kernel, of_beta, of_gamma in zip(self.kernels, pieces[:k], pieces[k:], strict=True):
+            of_all = flags.split([*lengths, *lengths])
+            for kernel, of_beta, of_gamma in zip(self.kernels, of_all[:k], of_all[k:], strict=True):
                 found[kernel.kernel_label] = kernel.sizes[int(of_beta.sum()) - 1]
                 if kernel.dilated:
                     found[kernel.dilation_label] = 1 + longest_gap(of_gamma.tolist())
@@ -173,7 +172,7 @@ class MaskSet(nn.Module):
             at += k
         self._keep("scores", scores)
         self._keep("offset", offset)
-        self._keep("share", 1 / divisor.to(torch.float64))
+        self._keep("divisor", divisor)
         self._keep("one", torch.ones(1))
 
     def _keep(self, name: str, tensor: Tensor) -> None:
@@ -192,7 +191,7 @@ class MaskSet(nn.Module):
             starts[axis.label], at = at, at + axis.units
         for kernel in self.kernels:
             starts[kernel.kernel_label], at = at, at + kernel.taps
-        self.size = at + 1
+        self.size, self.units = at + 1, sum(axis.units for axis in self.channels)
         return starts
 
     def _set_size_buffers(self) -> None:
@@ -214,15 +213,18 @@ class MaskSet(nn.Module):
         sides = [len(next(iter(kernel.positions.values()))) for kernel in self.kernels]
         return [axis.units for axis in self.channels] + sides
 
-    def lowest(self) -> list[int]:
-        """The smallest size of each axis that its masks can have while they are searched."""
+    def lowest(self, learning: bool = False) -> list[int]:
+        """The smallest size of each axis that its masks allow; ``learning``: only those of them that learn now."""
+
+        def moves(label: str) -> bool:
+            return not learning or bool(self[label].alpha.requires_grad)
+
         lowest = [
-            min(axis.units, self[axis.label].granularity) if self[axis.label].alpha.requires_grad else axis.units
-            for axis in self.channels
+            min(axis.units, self[axis.label].granularity) if moves(axis.label) else axis.units for axis in self.channels
         ]
         for kernel, full in zip(self.kernels, self.full()[len(self.channels) :], strict=True):
-            searched = self[kernel.kernel_label].alpha.requires_grad
-            longest = kernel.dilated and self[kernel.dilation_label].alpha.requires_grad
+            searched = moves(kernel.kernel_label)
+            longest = kernel.dilated and moves(kernel.dilation_label)
             # With the largest dilation alone, two taps are left of a kernel of more than two.
             lowest.append(
                 1 if searched else (kernel.taps - 1) // 2 ** (octaves(kernel.taps) - 1) + 1 if longest else full
@@ -249,19 +251,27 @@ class MaskSet(nn.Module):
         """Masks of channels, of kernel sizes, of dilations: in the order of the flat vector."""
         return [self.by_label[key] for key in self._order]  # type: ignore[misc]
 
-    def kept(self, theta: Tensor) -> Tensor:
-        """Which units of all channel axes stay, bool of shape (units,)."""
-        if not self._exact:
-            return kept_units(theta, self.segments, self.granularity)
+    def kept(self, theta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which units of all channel axes stay, 0 or 1 of shape (units,), and which of them below the threshold.
+
+        The latter are flags, or None if there is no such unit.
+        """
         above = theta > THRESHOLD
-        if theta.device.type == "cpu" and not torch.compiler.is_compiling():
-            counts = theta.new_zeros(len(self.channels)).index_add_(0, self.segments, above.to(theta.dtype))
-            if bool(counts.all()):
-                return above
-        return above | _largest(theta, self.segments, len(self.channels))
+        if not self._exact:
+            kept = kept_units(theta, self.segments, self.granularity)
+        else:
+            flags = above.to(theta.dtype)
+            if theta.device.type == "cpu" and not torch.compiler.is_compiling():
+                counts = theta.new_zeros(len(self.channels)).index_add_(0, self.segments, flags)
+                if counts.all():
+                    return flags, None
+            kept = above | _largest(theta, self.segments, len(self.channels))
+        return kept.to(theta.dtype), kept & ~above
 
     def tap_scores(self, size: Tensor) -> Tensor:
         """(theta^beta, theta^gamma) of all taps, of shape (2 taps,), from |beta| and |gamma|."""
+        if size.dtype == self.scores.dtype:
+            return torch.addmv(self.offset, self.scores, size)
         return torch.addmv(self.offset.to(size.dtype), self.scores.to(size.dtype), size)
 
     # ---- where dimensions lie in it ------------------------------------------------------------------------------
@@ -298,43 +308,65 @@ class _FlatMasks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, masks: MaskSet, *alphas: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.masks, ctx.sizes = masks, [len(alpha) for alpha in alphas]
         ctx.alpha = alpha = torch.cat(alphas)
-        size, units = alpha.abs(), len(masks.segments)
-        hard, soft = [], []
+        size, units = alpha.abs(), masks.units
+        one = masks.one if masks.one.dtype == size.dtype else masks.one.to(size.dtype)
+        hard, soft = [one], [one]
+        ctx.forced = None
+        if masks.kernels:
+            scores = masks.tap_scores(size[units:])
+            beta, gamma = ctx.scores = scores.chunk(2)
+            of_beta, of_gamma = ctx.flags = (scores > THRESHOLD).to(size.dtype).chunk(2)
+            hard.insert(0, of_beta * of_gamma)
+            soft.insert(0, beta * gamma / masks.divisor)
         if units:
             theta = size[:units]
-            kept = masks.kept(theta)
-            flags = kept.to(size.dtype)
-            ctx.forced = forced = kept & (theta <= THRESHOLD)
-            hard.append(flags)
-            soft.append(theta.masked_fill(forced, 1.0))
-        if masks.kernels:
-            ctx.scores = scores = masks.tap_scores(size[units:])
-            ctx.flags = flags = (scores > THRESHOLD).to(size.dtype)
-            n = len(masks.share)
-            hard.append(flags[:n] * flags[n:])
-            soft.append(scores[:n] * scores[n:] * masks.share.to(size.dtype))
-        one = masks.one.to(size.dtype)
-        return torch.cat([*hard, one]), torch.cat([*soft, one])
+            kept, ctx.forced = masks.kept(theta)
+            hard.insert(0, kept)
+            soft.insert(0, theta if ctx.forced is None else theta.masked_fill(ctx.forced, 1.0))
+        return torch.cat(hard), torch.cat(soft)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_hard: Tensor, of_soft: Tensor) -> Any:
+    def backward(ctx: Any, of_hard: Tensor | None, of_soft: Tensor | None) -> Any:
         masks: MaskSet = ctx.masks
-        units = len(masks.segments)
+        units = masks.units
+        total = of_hard if of_soft is None else of_soft
+        if total is None:
+            return None, *(None for _ in ctx.sizes)
         parts = []
         if units:
-            of_units = of_soft[:units]
-            parts.append(of_hard[:units] + of_units.masked_fill(ctx.forced, 0.0))
+            of_units = total[:units]
+            if of_soft is not None and ctx.forced is not None:
+                of_units = of_units.masked_fill(ctx.forced, 0.0)
+            parts.append(of_units if of_hard is None or of_soft is None else of_units + of_hard[:units])
         if masks.kernels:
-            n = len(masks.share)
-            hard, soft = of_hard[units:-1], of_soft[units:-1] * masks.share.to(of_soft.dtype)
-            of_beta = torch.addcmul(hard * ctx.flags[n:], soft, ctx.scores[n:])
-            of_gamma = torch.addcmul(hard * ctx.flags[:n], soft, ctx.scores[:n])
-            parts.append(torch.cat([of_beta, of_gamma]) @ masks.scores.to(of_beta.dtype))
-        flat = torch.cat(parts)
-        return None, *torch.where(ctx.alpha < 0, -flat, flat).split(ctx.sizes)
+            parts.append(_of_taps(masks, of_hard, of_soft, ctx.scores, ctx.flags))
+        flat = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return None, *(flat * torch.copysign(masks.one, ctx.alpha)).split(ctx.sizes)
+
+
+def _of_taps(
+    masks: MaskSet,
+    of_hard: Tensor | None,
+    of_soft: Tensor | None,
+    scores: tuple[Tensor, Tensor],
+    flags: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The gradient of |beta| and |gamma|, from those of the taps."""
+    of_scores = None
+    if of_hard is not None:
+        hard = of_hard[masks.units : -1]
+        of_scores = torch.cat([hard * flags[1], hard * flags[0]])
+    if of_soft is not None:
+        soft = of_soft[masks.units : -1] / masks.divisor
+        of_relaxed = torch.cat([soft * scores[1], soft * scores[0]])
+        of_scores = of_relaxed if of_scores is None else of_scores + of_relaxed
+    assert of_scores is not None
+    matrix = masks.scores if masks.scores.dtype == of_scores.dtype else masks.scores.to(of_scores.dtype)
+    return of_scores @ matrix
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def _add(
 
 
 def _checked(forms: Sequence[Form], sizes: Sizes) -> Iterator[list[int]]:
-    """Where a formula is compared with what it was taken for: every size of each axis, at most 64, the others at both ends."""
+    """Where a formula is compared with what it was taken for: all sizes of each axis, the others at both ends."""
     for others in (sizes.lowest, sizes.full):
         for axis in sorted({axis for form in forms for axis, _ in form.parts}):
             low, high = sizes.lowest[axis], sizes.full[axis]
@@ -295,20 +295,30 @@ class MaskedCosts:
         self.coefficients = torch.tensor(list(merged.values()) or [[0.0] * len(terms)], dtype=torch.float64).T
         self.place = place
         self.full = torch.tensor(sizes.full, dtype=torch.float64)
-        self.lowest = torch.tensor(sizes.lowest, dtype=torch.float64)
         self._on: dict[str, tuple[Tensor, ...]] = {}
 
-    def of(self, masks: MaskSet, flat: FlatMasks, *, discrete: bool) -> Tensor:
-        """Every cost of the network that these masks leave, of shape (costs,).
+    def of(self, masks: MaskSet, flat: FlatMasks, *, discrete: bool) -> dict[str, Tensor]:
+        """Name -> cost of the network that these masks leave.
 
         The gradient is that of the cost at the relaxed sizes, or, if ``discrete``, at the sizes themselves.
         """
         leads = flat.hard if discrete else flat.soft
         if any(self.terms[name].asked for name in self.names):
             surrogate = self(masks.sizes(leads))
-            return surrogate + (self(masks.sizes(flat.hard.detach())) - surrogate).detach()
-        costs: Tensor = _Polynomials.apply(flat.hard, leads, masks, self._tensors(leads.device))
-        return costs
+            costs = (surrogate + (self(masks.sizes(flat.hard.detach())) - surrogate).detach()).unbind()
+        else:
+            costs = _Polynomials.apply(flat.hard, leads, self._of_flat(masks))
+        return dict(zip(self.names, costs, strict=True))
+
+    def _of_flat(self, masks: MaskSet) -> _OfFlat:
+        """Sizes of forms straight from the flat vector: n = c + M m."""
+        device = masks.one.device
+        key = f"flat {device}"
+        if key not in self._on:
+            constants, matrix, factors, coefficients = self._tensors(device)
+            wide = torch.nn.functional.pad(matrix, (0, 1))[:, masks.axis_of] * masks.count_of
+            self._on[key] = _OfFlat(constants, wide, factors, coefficients)
+        return self._on[key]  # type: ignore[return-value]
 
     def __call__(self, sizes: Tensor) -> Tensor:
         """Every cost, of shape (costs,), from the sizes of the axes, of shape (axes,); differentiable."""
@@ -335,10 +345,20 @@ class MaskedCosts:
     def unit(self, name: str) -> str:
         return self.terms[name].unit
 
-    def reachable(self) -> dict[str, tuple[float, float]]:
-        """Name -> the cost with the smallest masks, and with all of the network."""
-        low, high = self(self.lowest).tolist(), self(self.full).tolist()
+    def reachable(self, masks: MaskSet) -> dict[str, tuple[float, float]]:
+        """Name -> the cost with the smallest masks that learning can lead to, and with all of the network."""
+        lowest = torch.tensor(masks.lowest(learning=True), dtype=torch.float64)
+        low, high = self(lowest).tolist(), self(self.full).tolist()
         return {name: (low[i], high[i]) for i, name in enumerate(self.names)}
+
+
+class _OfFlat(NamedTuple):
+    """n = constants + matrix @ m, cost_k = sum_t coefficients_kt prod_j n[factors_tj]; float64."""
+
+    constants: Tensor
+    matrix: Tensor
+    factors: Tensor
+    coefficients: Tensor
 
 
 class _Polynomials(torch.autograd.Function):
@@ -348,18 +368,19 @@ class _Polynomials(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hard: Tensor, leads: Tensor, masks: MaskSet, tensors: tuple[Tensor, ...]) -> Tensor:
-        constants, matrix, factors, coefficients = tensors
+    def forward(ctx: Any, hard: Tensor, leads: Tensor, of_flat: _OfFlat) -> tuple[Tensor, ...]:
         # On ctx itself, where it stays: each cost of a step may be differentiated on its own.
-        ctx.masks, ctx.tensors, ctx.leads = masks, tensors, leads.detach()
-        n = torch.addmv(constants, matrix, masks.sizes(hard))
-        return coefficients @ n[factors].prod(1)
+        ctx.of_flat, ctx.leads = of_flat, leads.detach()
+        ctx.set_materialize_grads(False)
+        n = torch.addmv(of_flat.constants, of_flat.matrix, hard.to(torch.float64))
+        return (of_flat.coefficients @ n[of_flat.factors].prod(1)).unbind()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        constants, matrix, factors, coefficients = ctx.tensors
-        n = torch.addmv(constants, matrix, ctx.masks.sizes(ctx.leads))[factors]
-        of_factors = (n.prod(1) * (gradient @ coefficients))[:, None] / n
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        constants, matrix, factors, coefficients = ctx.of_flat
+        given = [constants.new_zeros(()) if gradient is None else gradient for gradient in gradients]
+        n = torch.addmv(constants, matrix, ctx.leads.to(torch.float64))[factors]
+        of_factors = (n.prod(1) * (torch.stack(given) @ coefficients))[:, None] / n
         of_forms = torch.zeros_like(constants).index_add_(0, factors.flatten(), of_factors.flatten())
-        return None, ctx.masks.of_sizes(of_forms @ matrix).to(ctx.leads.dtype), None, None
+        return None, (of_forms @ matrix).to(ctx.leads.dtype), None

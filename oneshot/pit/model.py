@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from contextlib import contextmanager
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
@@ -43,8 +43,9 @@ class PIT(SearchModel):
     Every searched weight is multiplied by 0 or 1 along the dimensions that a product sums over: a convolution that
     reads channels x_c, of which the masks m_c say which are kept, computes sum_c W_oc m_c x_c. A zero there is the same
     as an absent column, whatever lies between the layer that makes a channel and the one that reads it (BatchNorm,
-    sigmoid, padding with ones), so the exported network computes what this one does. Kernels lose their oldest taps (in space: their
-    outermost ring) and every second, fourth, ... tap; see ``KernelMask`` and ``DilationMask``.
+    sigmoid, padding with ones), so the exported network computes what this one does. Kernels lose their
+    oldest taps (in space: their outermost ring) and every second, fourth, ... tap; see ``KernelMask`` and
+    ``DilationMask``.
 
     What is cut together is found by following the operators that run, and confirmed by a trial cut; ``report()`` says
     for every dimension whether it is searched, with which others, or why not.
@@ -100,7 +101,7 @@ class PIT(SearchModel):
         autoconvert_layers: bool = True,
     ) -> None:
         super().__init__()
-        self._flat_of_step: FlatMasks | None = None
+        self._flat_of_step: tuple[FlatMasks, list[int]] | None = None
         self.network = copy.deepcopy(model)
         self.example = _example(self.network, input_shape, example_input)
         placed = take_masks(self.network)
@@ -136,10 +137,15 @@ class PIT(SearchModel):
             self.masks.clip_()
         flat = self.masks()
         # The costs of the same step take these masks over: they are what the loss of this forward belongs to.
-        self._flat_of_step = flat if learns and not torch.compiler.is_compiling() else None
+        keep = learns and not torch.compiler.is_compiling()
+        self._flat_of_step = (flat, self._versions()) if keep else None
         masked = self.weight_masks(flat.hard, [getattr(places[0][0], places[0][1]) for places in self._owners])
         with _in_place(self._owners, masked):
             return self.network(*args, **kwargs)
+
+    def _versions(self) -> list[int]:
+        """Count what was written into the masks."""
+        return [alpha._version for alpha in self.nas_parameters()]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a network hold no part of a graph.
@@ -187,10 +193,9 @@ class PIT(SearchModel):
     def costs(self) -> dict[str, Tensor]:
         """All costs by name, as ``get_cost`` returns them, with the masks computed once."""
         flat, self._flat_of_step = self._flat_of_step, None
-        if flat is None:
-            flat = self.masks()
-        found = self._costs.of(self.masks, flat, discrete=self.discrete_cost)
-        return dict(zip(self._costs.names, found.unbind(), strict=True))
+        if flat is None or flat[1] != self._versions():
+            flat = (self.masks(), [])
+        return self._costs.of(self.masks, flat[0], discrete=self.discrete_cost)
 
     def get_cost(self, name: str) -> Tensor:
         """The cost of the network that would be exported now, in its unit."""
@@ -208,7 +213,7 @@ class PIT(SearchModel):
 
     def reachable_costs(self) -> dict[str, tuple[float, float]]:
         """Name -> (smallest, largest) cost of the networks that can be exported."""
-        return self._costs.reachable()
+        return self._costs.reachable(self.masks)
 
     def get_regularization_loss(self) -> Tensor:
         """The only cost, for a loss: task + strength * this."""
@@ -376,17 +381,21 @@ class PIT(SearchModel):
 @contextmanager
 def _in_place(owners: Sequence[Sequence[tuple[nn.Module, str]]], tensors: Sequence[Tensor]) -> Iterator[None]:
     """Other tensors in the place of parameters: ``torch.func.functional_call``, without looking the names up."""
-    held = [owner._parameters if leaf in owner._parameters else owner._buffers for ((owner, leaf), *_) in owners]
-    before = [of_owner[places[0][1]] for of_owner, places in zip(held, owners, strict=True)]
+    before = [_held(owner, leaf)[leaf] for (owner, leaf), *_ in owners]
     try:
         for places, tensor in zip(owners, tensors, strict=True):
             for owner, leaf in places:
-                (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # type: ignore[assignment]
+                _held(owner, leaf)[leaf] = tensor
         yield
     finally:
         for places, tensor in zip(owners, before, strict=True):
             for owner, leaf in places:
-                (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # type: ignore[assignment]
+                _held(owner, leaf)[leaf] = tensor
+
+
+def _held(owner: nn.Module, leaf: str) -> dict[str, Any]:
+    """Where a module keeps a tensor: in fact in one of two mappings that forward looks at."""
+    return owner._parameters if leaf in owner._parameters else owner._buffers
 
 
 def _summary_row(

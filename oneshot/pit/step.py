@@ -79,15 +79,20 @@ class _MaskedWeights(torch.autograd.Function):
         for factor in factors[1:]:
             vector = vector * factor
         ctx.masks, ctx.size = masks, len(hard)
-        ctx.factors, ctx.vector = factors, vector
-        ctx.save_for_backward(*weights)
+        # The weights are parameters, which stay anyway: kept by hand, and watched by hand, they are not saved twice.
+        ctx.factors, ctx.vector, ctx.weights = factors, vector, weights
+        ctx.versions = None if torch.compiler.is_compiling() else [weight._version for weight in weights]
         return tuple(w * m for w, m in zip(weights, _of_type(masks.pieces(vector), weights), strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         masks: WeightMasks = ctx.masks
-        factors, vector, weights = ctx.factors, ctx.vector, ctx.saved_tensors
+        factors, vector, weights = ctx.factors, ctx.vector, ctx.weights
+        if ctx.versions is not None and ctx.versions != [weight._version for weight in weights]:
+            raise RuntimeError(
+                "weights of a PIT network were changed in place between its forward and its backward pass"
+            )
         given = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
         of_weights: list[Tensor | None] = [None] * len(weights)
         if any(ctx.needs_input_grad[2:]):
