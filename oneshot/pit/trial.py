@@ -176,8 +176,8 @@ class _Trial:
             floats = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
             parts = [(t * torch.randn(t.shape, dtype=t.dtype)).sum() for t in floats]
             total = torch.stack([part.double() for part in parts]).sum() if parts else flat.sum() * 0
-            (gradient,) = torch.autograd.grad(total, flat)
-            return gradient
+            (gradient,) = torch.autograd.grad(total, flat, allow_unused=True)
+            return torch.zeros_like(flat) if gradient is None else gradient
 
 
 def _call(model: nn.Module, args: Sequence[Any]) -> Any:
