@@ -138,7 +138,7 @@ def searched_weights(network: nn.Module, space: SearchSpace) -> int:
 
 def _found(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, plan: Plan, *, as_graph: bool) -> Found:
     excluded = _excluded(network, plan.exclude)
-    programs = _programs(network, args)
+    samples, programs = _programs(network, args)
     found = find_dimensions(programs, network, excluded, literals=as_graph)
     own = _own_masks(found, placed)
     kernels, frozen_kernels = kernel_axes(network)
@@ -157,7 +157,9 @@ def _found(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, plan: P
     frozen = {d: why for d, why in found.frozen.items() if d.name in weights and not _is_kernel(network, d)}
     space = SearchSpace(tuple(channels), tuple(kernels), {**frozen, **frozen_kernels, **gone}, found, as_graph)
     used = [weights & set(program.parameters.values()) for program in programs]
-    space = confirmed(space, network, args, in_training=any(names - used[0] for names in used))
+    in_training = any(names - used[0] for names in used)
+    # One sample is enough for a trial, but not for the statistics of a batch.
+    space = confirmed(space, network, args if in_training else samples, in_training=in_training)
     return Found(network, space, own)
 
 
@@ -192,11 +194,13 @@ def _passing() -> nn.Module:
     return fx.GraphModule(nn.Module(), graph, class_name="Passing")
 
 
-def _programs(network: nn.Module, args: Sequence[Any]) -> list[Program]:
-    """What runs in eval mode on one sample, and what runs in train mode where the network runs in it."""
+def _programs(network: nn.Module, args: Sequence[Any]) -> tuple[Sequence[Any], list[Program]]:
+    """One sample, what runs in eval mode on it, and what runs in train mode where the network runs in it."""
     try:
-        programs = [trace_operators(network, one_sample(network, args))]
+        samples: Sequence[Any] = one_sample(network, args)
+        programs = [trace_operators(network, samples)]
     except UnsupportedModelError:  # one that needs a batch, or has something else in the first dimension
+        samples = args
         programs = [trace_operators(network, args)]
     copied = copy.deepcopy(network).train()
     try:
@@ -204,8 +208,8 @@ def _programs(network: nn.Module, args: Sequence[Any]) -> list[Program]:
             programs.append(trace_operators(copied, args, training=True))
     except UnsupportedModelError:
         # BatchNorm does not train on one number per channel. What runs in eval mode is what is exported.
-        return programs
-    return programs
+        return samples, programs
+    return samples, programs
 
 
 def _excluded(network: nn.Module, exclude: Excluded) -> dict[Dimension, str]:

@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, ExportError, InputTypeError, Unsupporte
 from ..export.fixed import check_equal
 from ..graph.dimensions import Dimension
 from ..graph.masked_call import names_of_parameters
-from ..mutables.base import SearchModel
+from ..mutables.base import Mutable, SearchModel
 from ..mutables.masks import ChannelMask, DilationMask, KernelMask
 from .conversion import Excluded, Granularity, Plan, find_space, take_masks
 from .mask_set import FlatMasks, MaskSet
@@ -102,6 +102,7 @@ class PIT(SearchModel):
     ) -> None:
         super().__init__()
         self._flat_of_step: tuple[FlatMasks, list[int]] | None = None
+        _check_model(model)
         self.network = copy.deepcopy(model)
         self.example = _example(self.network, input_shape, example_input)
         placed = take_masks(self.network)
@@ -419,6 +420,19 @@ def _summary_row(
         "kernel_size": tuple(shape[2:]),
         "dilation": tuple(d * dilations.get(weight, 1) for d in module.dilation),
     }
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"PIT: a torch.nn.Module is needed, got {type(model).__name__}")
+    if isinstance(model, PIT):
+        raise ConfigurationError("PIT: this network is one already; give the plain network it was made of")
+    inside = next((path for path, module in model.named_modules() if isinstance(module, Mutable)), None)
+    if inside is not None:
+        raise UnsupportedModelError(
+            f"PIT: {inside or 'the network'} is a {type(model.get_submodule(inside)).__name__}, and masks inside of choices "
+            "are not in this version: decide the choices first, fixed(model, arch), and give PIT the result"
+        )
 
 
 def _example(network: nn.Module, input_shape: tuple[Any, ...] | None, example_input: Any) -> tuple[Any, ...]:

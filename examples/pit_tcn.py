@@ -1,0 +1,256 @@
+"""Prunes a temporal convolutional network in time: 36,679 parameters, and then three budgets of fewer.
+
+    python -m pip install --no-deps seglearn
+    python examples/pit_tcn.py            (20 minutes on one CPU core)
+    python examples/pit_tcn.py --quick    (one minute: one seed, few epochs; nothing is claimed of its accuracies)
+
+Windows of 128 samples of a smartwatch (smartwatch.py) are one of seven exercises. The seed network ``small_tcn`` has
+kernels of 9 taps and no dilation; ``PITTrainer`` looks for channels, kernel sizes and dilations within a number of
+parameters, which all of them share. The control is the seed itself, trained by the same trainer with every mask left
+at 1, for as many epochs: the same batches, augmentation, optimizer and choice of the epoch.
+
+Person 7 chooses the epoch, persons 8 to 10 are tested once by each finished network. Of every run, ``--out`` gets the
+architecture as JSON, of the smallest network also ``smallest.onnx``, and of all of them ``results.json``. At the end it
+is checked that
+
+- every exported network keeps its budget, has as many parameters and MACs as reported (counted by torch), and computes
+  what the masked one did, as does the one that is rebuilt from the JSON, and ONNX Runtime;
+- in the full run, the mean accuracy over the seeds is within ``MARGINS`` of the control's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean
+
+import torch
+from common import cosine
+from smartwatch import Datasets, datasets, load_recordings
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from oneshot import PIT, LabelSmoothingLoss, PITTrainer, accuracy, export_onnx, fixed
+from oneshot.files import atomic_write
+from oneshot.loggers import markdown_table
+from search_spaces.tcn import small_tcn
+
+SHAPE = (6, 128)
+BUDGETS = (12_000, 6_000, 3_000)  # parameters: a third, a sixth and a twelfth of the seed's
+MARGINS = {12_000: 0.02, 6_000: 0.03, 3_000: 0.05}  # of test accuracy, that the means may be below the control's
+EPOCHS = (4, 12, 12)  # warm-up, search, fine-tuning
+BATCH, LR, MASK_LR = 64, 3e-3, 2e-3
+# Above its budget the cost is to outweigh the task: the whole network's parameters count 10 beside a loss of about 1.
+STRENGTH = 10.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained network: its budget of parameters (None: the control), and what became of it."""
+
+    budget: int | None
+    seed: int
+    accuracy: float
+    validation_accuracy: float
+    parameters: int
+    macs: int
+    kernels: str
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return "control" if self.budget is None else f"at most {self.budget:,}"
+
+
+class Shaken(Dataset[tuple[Tensor, Tensor]]):
+    """Windows as a watch worn a little differently would give them: every axis scaled and moved, and some noise.
+
+    The trainer seeds torch's generator before it reads a sample, from seed, pass and index.
+    """
+
+    def __init__(self, windows: TensorDataset) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.windows[index]  # (6, 128), ()
+        scale, shift = 0.2 * torch.randn(2, len(x), 1)  # (6, 1) each
+        return x * (1 + scale) + shift + 0.1 * torch.randn_like(x), y
+
+
+# ---- the job ---------------------------------------------------------------------------------------------------
+
+
+def trainer_of(pit: PIT, data: Datasets, budget: int | None, epochs: tuple[int, int, int], seed: int) -> PITTrainer:
+    """Masks that look for at most ``budget`` parameters; or, without one, that stay at 1 for as many epochs."""
+    warmup, search, finetune = (0, 0, sum(epochs)) if budget is None else epochs
+    return PITTrainer(
+        pit,
+        loss=LabelSmoothingLoss(),
+        metrics=partial(accuracy, topk=(1,)),
+        optimizer=torch.optim.AdamW(pit.net_parameters(), LR),
+        warmup_epochs=warmup,
+        num_epochs=search,
+        finetune_epochs=finetune,
+        finetune_scheduler=cosine,
+        strength=0.0 if budget is None else STRENGTH,
+        normalize=True,
+        targets=None if budget is None else {"params": budget},
+        mask_learning_rate=MASK_LR,
+        dataset=Shaken(data.train),
+        valid_dataset=data.validation,
+        batch_size=BATCH,
+        workers=0,
+        device="cpu",
+        seed=seed,
+    )
+
+
+def run(data: Datasets, budget: int | None, epochs: tuple[int, int, int], seed: int, out: Path) -> tuple[Run, PIT]:
+    """Train, export, check, and test once."""
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    pit = PIT(small_tcn(), SHAPE, cost=("params", "macs"))
+    trainer = trainer_of(pit, data, budget, epochs, seed)
+    trainer.train()
+    written = out / f"{'control' if budget is None else budget}_seed{seed}.json"
+    trainer.export(written)  # raises if the exported network computes something else than the masked one
+    found = trainer.evaluate(data.test)
+    result = Run(
+        budget,
+        seed,
+        found["acc1"],
+        trainer.evaluate()["acc1"],
+        *(int(pit.get_cost(name)) for name in ("params", "macs")),
+        kernels_of(pit),
+        time.perf_counter() - start,
+    )
+    check(pit.eval(), result, written, data.test.tensors[0][:200])
+    return result, pit
+
+
+def kernels_of(pit: PIT) -> str:
+    """The kernels that were searched, as taps x dilation, from the first to the last."""
+    rows = pit.summary().values()
+    kernels = [(row["kernel_size"][0], row["dilation"][0]) for row in rows if "kernel_size" in row]
+    return ", ".join(f"{taps}x{dilation}" for taps, dilation in kernels)
+
+
+# ---- what is claimed -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check(pit: PIT, result: Run, written: Path, windows: Tensor) -> None:
+    """The exported network and the one of the JSON: size, operations, and outputs for windows (N, 6, 128)."""
+    nets = {"exported": pit.export(), "rebuilt from JSON": fixed(pit, written)}
+    expected = pit(windows)
+    for name, net in nets.items():
+        assert sum(p.numel() for p in net.parameters()) == result.parameters, f"{name}: other parameters"
+        assert macs_by_torch(net) == result.macs, f"{name}: other MACs"
+        assert close(net.eval()(windows), expected), f"{name}: computes something else"
+    assert result.budget is None or result.parameters <= result.budget, f"{result.name}: {result.parameters}"
+
+
+def macs_by_torch(net: nn.Module) -> int:
+    with FlopCounterMode(display=False) as counter:
+        net.eval()(torch.zeros(1, *SHAPE))
+    return counter.get_total_flops() // 2  # a multiplication and an addition each
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether max |a - b| <= 1e-4 max |b|."""
+    return float((a - b).abs().max()) <= 1e-4 * float(b.abs().max())
+
+
+@torch.no_grad()
+def check_onnx(net: nn.Module, windows: Tensor, path: Path) -> None:
+    """Write the network as an ONNX file and compare what ONNX Runtime makes of it for windows (N, 6, 128)."""
+    import onnxruntime
+
+    export_onnx(net, (windows,), path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {"input0": windows.numpy()})
+    assert close(torch.from_numpy(output), net.eval()(windows)), f"{path}: ONNX Runtime computes something else"
+
+
+def check_accuracies(runs: Sequence[Run]) -> None:
+    """The margins of the docstring, over the seeds."""
+    control = mean(run.accuracy for run in runs if run.budget is None)
+    for budget, margin in MARGINS.items():
+        found = mean(run.accuracy for run in runs if run.budget == budget)
+        assert found >= control - margin, f"at most {budget}: {found:.3f}, the control has {control:.3f}"
+
+
+# ---- the table -------------------------------------------------------------------------------------------------
+
+
+def rows_of(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """One row per budget, means over the seeds, ± half the range of the accuracies."""
+    control = [run for run in runs if run.budget is None]
+    rows = []
+    for budget in dict.fromkeys(run.budget for run in runs):
+        group = [run for run in runs if run.budget == budget]
+        correct = [run.accuracy for run in group]
+        parameters, macs = mean(run.parameters for run in group), mean(run.macs for run in group)
+        rows.append(
+            {
+                "network": group[0].name,
+                "test accuracy": f"{mean(correct):.3f}",
+                "lowest to highest": f"{min(correct):.3f} to {max(correct):.3f}",
+                "parameters": f"{parameters:,.0f}",
+                "fewer": f"{mean(run.parameters for run in control) / parameters:.1f}x",
+                "MACs": f"{macs:,.0f}",
+                "fewer MACs": f"{mean(run.macs for run in control) / macs:.1f}x",
+            }
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recordings", type=Path, help="watch_dataset.npy, by default that of the package seglearn")
+    parser.add_argument("--out", type=Path, default=Path("runs/pit_tcn"))
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each network")
+    parser.add_argument("--quick", action="store_true", help="one seed and few epochs")
+    # Two threads on a small machine with other work wait for one another and are slower than one.
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    seeds, epochs = (1, (1, 3, 1)) if args.quick else (args.seeds, EPOCHS)
+    start = time.perf_counter()
+
+    data = datasets(load_recordings(args.recordings), stride=128 if args.quick else 32)
+    print(f"{len(data.train)} windows for training, {len(data.validation)} and {len(data.test)} to choose and test")
+    runs = []
+    for budget in (None, *BUDGETS):
+        for seed in range(seeds):
+            result, pit = run(data, budget, epochs, seed, args.out)
+            runs.append(result)
+            print(
+                f"{result.name}, seed {seed}: accuracy {result.accuracy:.3f} (person 7: "
+                f"{result.validation_accuracy:.3f}), {result.parameters} parameters, {result.macs} MACs, kernels "
+                f"{result.kernels}; {result.seconds:.0f} s",
+                flush=True,
+            )
+    found = json.dumps([asdict(run) for run in runs], indent=1).encode()
+    atomic_write(args.out / "results.json", lambda file: file.write(found))
+    if find_spec("onnx") and find_spec("onnxruntime"):
+        check_onnx(pit.export(), data.test.tensors[0][:1], args.out / "smallest.onnx")  # of the last run
+    print(f"\n{pit.report()}\n\n{markdown_table(rows_of(runs))}\n")
+    print(f"written: {args.out}; {time.perf_counter() - start:.0f} s")
+    if not args.quick:
+        check_accuracies(runs)
+
+
+if __name__ == "__main__":
+    main()
