@@ -322,7 +322,7 @@ def _run(model: nn.Module, args: Sequence[Any]) -> None:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run on an input of shape {shapes}: {type(error).__name__}: {error}. "
-            "Give the shape of one real batch as dummy_input"
+            "Give the shape of one real batch as dummy_input, or, to PIT, that of one sample as input_shape"
         ) from error
 
 

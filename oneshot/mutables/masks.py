@@ -148,6 +148,10 @@ class Mask(AlphaModule, ABC):
         """What is kept now, JSON-ready."""
 
     @abstractmethod
+    def everything(self) -> Any:
+        """The decision that keeps everything."""
+
+    @abstractmethod
     def decide(self, decision: Any) -> None:
         """Set alpha to 1 for what a decision keeps and 0 for the rest; ConfigurationError if there is no such one."""
 
@@ -202,6 +206,9 @@ class ChannelMask(Mask):
     def decision(self) -> list[int]:
         return [int(i) for i in self.hard().detach().nonzero().flatten()]
 
+    def everything(self) -> list[int]:
+        return list(range(len(self.alpha)))
+
     def decide(self, decision: Any) -> None:
         self.keep(decision)
 
@@ -253,6 +260,9 @@ class KernelMask(Mask):
     def signature(self) -> tuple[Hashable, ...]:
         return (type(self).__name__, *self.sizes)
 
+    def everything(self) -> int:
+        return self.sizes[-1]
+
     @torch.no_grad()
     def decide(self, decision: Any) -> None:
         if isinstance(decision, bool) or decision not in self.sizes:
@@ -287,6 +297,9 @@ class DilationMask(Mask):
 
     def decision(self) -> int:
         return 1 + longest_gap(self.hard().detach().tolist())
+
+    def everything(self) -> int:
+        return 1
 
     @torch.no_grad()
     def decide(self, decision: Any) -> None:

@@ -19,6 +19,7 @@ from ..errors import ConfigurationError, ExportError, InputTypeError, Unsupporte
 from ..export.fixed import check_equal
 from ..graph.dimensions import Dimension
 from ..graph.masked_call import names_of_parameters
+from ..graph.rewrite import Rewriter
 from ..mutables.base import Mutable, SearchModel
 from ..mutables.masks import ChannelMask, DilationMask, KernelMask
 from .conversion import Excluded, Granularity, Plan, find_space, take_masks
@@ -172,7 +173,9 @@ class PIT(SearchModel):
             terms = parameter_terms(name, "bytes", self.network, sizes, lambda p: 1.0 if p.dim() > 1 else 4.0)
         else:
             spec = _SPECS[cost] if isinstance(cost, str) else cost
-            terms = spec_terms(spec, self.network, self.example, sizes, self.space.found.products, self.ignore)
+            terms = spec_terms(
+                spec, self.network, self._on_device(self.example), sizes, self.space.found.products, self.ignore
+            )
         return CostTerms(name, terms.unit, terms.parts, terms.asked)
 
     @property
@@ -330,7 +333,7 @@ class PIT(SearchModel):
             masked = copy.deepcopy(self)
             masked.decide(arch)
         failure: ExportError | None = None
-        rewriter = rewriter_of(masked.space, masked.network, self.example)
+        rewriter = masked._rewriter()
         for renumber in (True,) if masked.space.as_graph else (True, False):
             small = cut_network(masked.space, masked.masks, masked.network, renumber=renumber, rewriter=rewriter)
             try:
@@ -341,7 +344,26 @@ class PIT(SearchModel):
                 continue
             return small
         assert failure is not None
-        raise failure
+        raise ExportError(f"{failure}. {copy.deepcopy(masked)._differing(examples or ())}") from failure
+
+    def _rewriter(self) -> Rewriter | None:
+        return rewriter_of(self.space, self.network, self._on_device(self.example))
+
+    def _differing(self, examples: Sequence[Sequence[Any]]) -> str:
+        """Which masks alone make an export differ, in a sentence."""
+        arch, full = self.arch(), {label: mask.everything() for label, mask in self.masks.items()}
+        guilty = []
+        for label in arch:
+            self.decide({**full, label: arch[label]})
+            small = cut_network(self.space, self.masks, self.network, rewriter=self._rewriter())
+            try:
+                for args in examples:
+                    check_equal(self, small, args, "the exported network")
+            except ExportError:
+                guilty.append(label)
+        if not guilty:
+            return "No mask alone makes it differ. Has the network been changed since PIT was made?"
+        return f"The first mask that alone makes it differ is {guilty[0]!r}, of {len(guilty)}; exclude= its layer"
 
     def _on_device(self, args: Sequence[Any], random: bool = False) -> list[Any]:
         like = next((p for p in self.network.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -430,8 +452,8 @@ def _check_model(model: nn.Module) -> None:
     inside = next((path for path, module in model.named_modules() if isinstance(module, Mutable)), None)
     if inside is not None:
         raise UnsupportedModelError(
-            f"PIT: {inside or 'the network'} is a {type(model.get_submodule(inside)).__name__}, and masks inside of choices "
-            "are not in this version: decide the choices first, fixed(model, arch), and give PIT the result"
+            f"PIT: {inside or 'the network'} is a {type(model.get_submodule(inside)).__name__}, and masks inside of "
+            "choices are not in this version: decide the choices first, fixed(model, arch), and give PIT the result"
         )
 
 
