@@ -100,7 +100,7 @@ class MaskSet(nn.Module):
     @torch.no_grad()
     def decisions(self) -> dict[str, Any]:
         """Label -> kept units, kernel size or dilation, JSON-ready."""
-        alphas: list[Tensor] = [mask.alpha for mask in self._ordered]
+        alphas = self.alphas()
         n, k = len(self.channels), len(self.kernels)
         found: dict[str, Any] = {}
         if n:
@@ -137,7 +137,7 @@ class MaskSet(nn.Module):
     @torch.no_grad()
     def clip_(self) -> None:
         """All alphas back into [0, 1]."""
-        alphas: list[Tensor] = [mask.alpha for mask in self._ordered]
+        alphas = self.alphas()
         torch._foreach_clamp_min_(alphas, 0.0)
         torch._foreach_clamp_max_(alphas, 1.0)
 
@@ -242,14 +242,13 @@ class MaskSet(nn.Module):
 
     def forward(self) -> FlatMasks:
         """The vector, of shape (units + taps + 1,)."""
-        alphas: list[Tensor] = [mask.alpha for mask in self._ordered]
-        hard, soft = _FlatMasks.apply(self, *alphas)
+        hard, soft = _FlatMasks.apply(self, *self.alphas())
         return FlatMasks(hard, soft)
 
-    @property
-    def _ordered(self) -> list[Mask]:
-        """Masks of channels, of kernel sizes, of dilations: in the order of the flat vector."""
-        return [self.by_label[key] for key in self._order]  # type: ignore[misc]
+    def alphas(self) -> list[Tensor]:
+        """Of masks of channels, of kernel sizes, of dilations: in the order of the flat vector."""
+        masks = self.by_label._modules
+        return [masks[key]._parameters["alpha"] for key in self._order]  # type: ignore[union-attr, misc]
 
     def kept(self, theta: Tensor) -> tuple[Tensor, Tensor | None]:
         """Which units of all channel axes stay, 0 or 1 of shape (units,), and which of them below the threshold.

@@ -147,7 +147,7 @@ class PIT(SearchModel):
 
     def _versions(self) -> list[int]:
         """Count what was written into the masks."""
-        return [alpha._version for alpha in self.nas_parameters()]
+        return [alpha._version for alpha in self.masks.alphas()]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a network hold no part of a graph.
