@@ -29,6 +29,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import torch
 from common import cosine
@@ -45,10 +46,22 @@ from search_spaces.tcn import small_tcn
 SHAPE = (6, 128)
 BUDGETS = (12_000, 6_000, 3_000)  # parameters: a third, a sixth and a twelfth of the seed's
 MARGINS = {12_000: 0.02, 6_000: 0.03, 3_000: 0.05}  # of test accuracy, that the means may be below the control's
-EPOCHS = (4, 12, 12)  # warm-up, search, fine-tuning
-BATCH, LR, MASK_LR = 64, 3e-3, 2e-3
+BATCH, LR = 64, 3e-3
 # Above its budget the cost is to outweigh the task: the whole network's parameters count 10 beside a loss of about 1.
 STRENGTH = 10.0
+
+
+class Plan(NamedTuple):
+    """Epochs of the three phases, the rate of the masks, and how many samples apart the windows are."""
+
+    warmup: int
+    search: int
+    finetune: int
+    mask_lr: float
+    stride: int
+
+
+FULL, QUICK = Plan(2, 10, 8, 4e-3, 32), Plan(1, 4, 1, 2e-2, 64)
 
 
 @dataclass(frozen=True)
@@ -90,9 +103,9 @@ class Shaken(Dataset[tuple[Tensor, Tensor]]):
 # ---- the job ---------------------------------------------------------------------------------------------------
 
 
-def trainer_of(pit: PIT, data: Datasets, budget: int | None, epochs: tuple[int, int, int], seed: int) -> PITTrainer:
+def trainer_of(pit: PIT, data: Datasets, budget: int | None, plan: Plan, seed: int) -> PITTrainer:
     """Masks that look for at most ``budget`` parameters; or, without one, that stay at 1 for as many epochs."""
-    warmup, search, finetune = (0, 0, sum(epochs)) if budget is None else epochs
+    warmup, search, finetune = plan[:3] if budget is not None else (0, 0, sum(plan[:3]))
     return PITTrainer(
         pit,
         loss=LabelSmoothingLoss(),
@@ -105,7 +118,7 @@ def trainer_of(pit: PIT, data: Datasets, budget: int | None, epochs: tuple[int, 
         strength=0.0 if budget is None else STRENGTH,
         normalize=True,
         targets=None if budget is None else {"params": budget},
-        mask_learning_rate=MASK_LR,
+        mask_learning_rate=plan.mask_lr,
         dataset=Shaken(data.train),
         valid_dataset=data.validation,
         batch_size=BATCH,
@@ -115,24 +128,24 @@ def trainer_of(pit: PIT, data: Datasets, budget: int | None, epochs: tuple[int, 
     )
 
 
-def run(data: Datasets, budget: int | None, epochs: tuple[int, int, int], seed: int, out: Path) -> tuple[Run, PIT]:
+def run(data: Datasets, budget: int | None, plan: Plan, seed: int, out: Path) -> tuple[Run, PIT]:
     """Train, export, check, and test once."""
     start = time.perf_counter()
     torch.manual_seed(seed)
     pit = PIT(small_tcn(), SHAPE, cost=("params", "macs"))
-    trainer = trainer_of(pit, data, budget, epochs, seed)
+    trainer = trainer_of(pit, data, budget, plan, seed)
     trainer.train()
     written = out / f"{'control' if budget is None else budget}_seed{seed}.json"
     trainer.export(written)  # raises if the exported network computes something else than the masked one
-    found = trainer.evaluate(data.test)
     result = Run(
         budget,
         seed,
-        found["acc1"],
-        trainer.evaluate()["acc1"],
-        *(int(pit.get_cost(name)) for name in ("params", "macs")),
-        kernels_of(pit),
-        time.perf_counter() - start,
+        accuracy=trainer.evaluate(data.test)["acc1"],
+        validation_accuracy=trainer.evaluate()["acc1"],
+        parameters=int(pit.get_cost("params")),
+        macs=int(pit.get_cost("macs")),
+        kernels=kernels_of(pit),
+        seconds=time.perf_counter() - start,
     )
     check(pit.eval(), result, written, data.test.tensors[0][:200])
     return result, pit
@@ -140,9 +153,9 @@ def run(data: Datasets, budget: int | None, epochs: tuple[int, int, int], seed: 
 
 def kernels_of(pit: PIT) -> str:
     """The kernels that were searched, as taps x dilation, from the first to the last."""
-    rows = pit.summary().values()
-    kernels = [(row["kernel_size"][0], row["dilation"][0]) for row in rows if "kernel_size" in row]
-    return ", ".join(f"{taps}x{dilation}" for taps, dilation in kernels)
+    arch = pit.arch()
+    rows = [row for path, row in pit.summary().items() if f"{path}.kernel_size" in arch]
+    return ", ".join(f"{row['kernel_size'][0]}x{row['dilation'][0]}" for row in rows)
 
 
 # ---- what is claimed -------------------------------------------------------------------------------------------
@@ -226,15 +239,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    seeds, epochs = (1, (1, 3, 1)) if args.quick else (args.seeds, EPOCHS)
+    seeds, plan = (1, QUICK) if args.quick else (args.seeds, FULL)
     start = time.perf_counter()
 
-    data = datasets(load_recordings(args.recordings), stride=128 if args.quick else 32)
+    data = datasets(load_recordings(args.recordings), stride=plan.stride)
     print(f"{len(data.train)} windows for training, {len(data.validation)} and {len(data.test)} to choose and test")
     runs = []
     for budget in (None, *BUDGETS):
         for seed in range(seeds):
-            result, pit = run(data, budget, epochs, seed, args.out)
+            result, pit = run(data, budget, plan, seed, args.out)
             runs.append(result)
             print(
                 f"{result.name}, seed {seed}: accuracy {result.accuracy:.3f} (person 7: "

@@ -160,10 +160,12 @@ def _with_smaller_kernel(
     if even:
         return model
     conv._reversed_padding_repeated_twice = [0] * (2 * len(sides))
-    amounts = tuple(n for left, right in reversed(sides) for n in (left, right))
-    padded = nn.Sequential(_PADS[len(sides)](amounts, 0.0), conv)  # type: ignore[arg-type]
+    amounts = [n for left, right in reversed(sides) for n in (left, right)]
+    # What is added comes first: a crop may be longer than the input.
+    steps = [tuple(max(n, 0) for n in amounts), tuple(min(n, 0) for n in amounts)]
+    pads = [_PADS[len(sides)](step, 0.0).train(conv.training) for step in steps if any(step)]  # type: ignore[arg-type]
+    padded = nn.Sequential(*pads, conv)
     padded.training = conv.training
-    padded[0].training = conv.training
     return _replaced(model, conv, padded)
 
 

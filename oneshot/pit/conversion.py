@@ -137,7 +137,7 @@ def searched_weights(network: nn.Module, space: SearchSpace) -> int:
 
 
 def _found(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, plan: Plan, *, as_graph: bool) -> Found:
-    excluded = _excluded(network, plan.exclude)
+    excluded = {**_checking_layers(network), **_excluded(network, plan.exclude)}
     samples, programs = _programs(network, args)
     found = find_dimensions(programs, network, excluded, literals=as_graph)
     own = _own_masks(found, placed)
@@ -232,6 +232,17 @@ def _excluded(network: nn.Module, exclude: Excluded) -> dict[Dimension, str]:
             )
         for path in matching:
             found.update(_outputs_of(modules[path], path, f"excluded by {entry!r}"))
+    return found
+
+
+def _checking_layers(network: nn.Module) -> dict[Dimension, str]:
+    """The weights of layers that compare their widths with each other, or hand them on as one: no cut of them runs."""
+    found = {}
+    for path, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            reason = f"a weight of nn.{type(module).__name__}, which has one width for several"
+            for name, parameter in module.named_parameters(prefix=path):
+                found.update({Dimension(name, d): reason for d in range(parameter.dim())})
     return found
 
 
