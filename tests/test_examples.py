@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import math
 import random
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,11 @@ from oneshot.data import ArrayDataset
 from oneshot.errors import ConfigurationError
 from oneshot.export import read_arch
 from search_spaces.mobilenet import proxylessnas
+from search_spaces.tcn import SmallTCNSizes, small_tcn
 
 ROOT = Path(__file__).parent.parent
 CIFAR = ROOT.parent / "shared" / "data" / "cifar10"
+SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if "def main(" in path.read_text())
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
 TINY = [
     *("--size", "32", "--width-mult", "0.1", "--batch-size", "4", "--held-out", "9", "--ref", "1e5"),
@@ -53,6 +57,23 @@ def cifar(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def imagenet(monkeypatch: pytest.MonkeyPatch) -> Any:
     return example("proxyless_imagenet", monkeypatch)
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_example_says_what_it_does(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example(name, monkeypatch)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(f"usage: {name}.py ")
+    assert module.__doc__.splitlines()[0] in printed
 
 
 # ---- common ----------------------------------------------------------------------------------------------------
@@ -204,6 +225,77 @@ def test_the_cifar_example_runs_to_its_end(
     printed = capsys.readouterr().out
     assert all(f"| {name} " in printed for name in ("searched", "largest", "random 3"))
     assert len(read_arch(tmp_path / "run" / "arch.json").arch) == 6
+
+
+# ---- PIT -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pit_tcn(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example on a network of 6 -> 4 -> 4 channels and 7 steps per epoch, with every run of a few seconds."""
+    module = example("pit_tcn", monkeypatch)
+    monkeypatch.setattr(module, "small_tcn", lambda: small_tcn(SmallTCNSizes(blocks=((4, 5), (4, 5)))))
+    monkeypatch.setattr(module, "BATCH", 16)
+    monkeypatch.setattr(module, "QUICK", module.Plan(1, 3, 1, 0.1, 64))
+    monkeypatch.setattr(module, "BUDGETS", (200,))
+    return module
+
+
+def test_the_pit_example_runs_to_its_end(
+    pit_tcn: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recording = example("smartwatch", monkeypatch).Recording
+    generator = torch.Generator().manual_seed(0)
+    recordings = [
+        # Three windows each, of exercises that differ in their frequency.
+        recording(torch.sin(torch.arange(256) * (1 + k) / 20) + torch.randn(6, 256, generator=generator), k, person)
+        for person in range(1, 11)
+        for k in range(7)
+    ]
+    monkeypatch.setattr(pit_tcn, "load_recordings", lambda path: recordings)
+    pit_tcn.main(["--quick", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    # 6 persons, 1 and 3, times 7 exercises and floor((256 - 128) / 64) + 1 = 3 windows.
+    assert "126 windows for training, 21 and 63 to choose and test" in printed
+    control, small = json.loads((tmp_path / "results.json").read_text())
+    # Convolutions (6 + 4 + 4 + 4) * 4 * 5, shortcut 6 * 4, five BatchNorms of 2 * 4, classifier 4 * 7 + 7.
+    assert (control["budget"], control["parameters"]) == (None, 360 + 24 + 40 + 35)
+    assert small["parameters"] <= small["budget"] == 200
+    assert "| at most 200 |" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("200_seed0.json", "control_seed0.json", "results.json", "smallest.onnx"),
+    }
+
+
+def test_the_accuracies_of_the_pit_example_are_compared_with_the_control(pit_tcn: Any) -> None:
+    def runs(*accuracies: float) -> list[Any]:
+        budgets = (None, None, *(budget for budget in pit_tcn.MARGINS for _ in range(2)))
+        return [
+            pit_tcn.Run(budget, 0, accuracy, 0.0, 1, 1, "", 0.0)
+            for budget, accuracy in zip(budgets, accuracies, strict=True)
+        ]
+
+    least = [0.8 - margin + 1e-6 for margin in pit_tcn.MARGINS.values()]
+    pairs = [accuracy for mean in least for accuracy in (mean - 0.1, mean + 0.1)]
+    pit_tcn.check_accuracies(runs(0.7, 0.9, *pairs))
+    for i in range(0, len(pairs), 2):
+        pairs[i] -= 1e-4
+        with pytest.raises(AssertionError, match=f"at most {list(pit_tcn.MARGINS)[i // 2]}"):
+            pit_tcn.check_accuracies(runs(0.7, 0.9, *pairs))
+        pairs[i] += 1e-4
+
+
+def test_shaken_windows_depend_on_torchs_generator_alone(pit_tcn: Any) -> None:
+    windows = torch.utils.data.TensorDataset(torch.ones(2, 6, 4000), torch.tensor([3, 5]))
+    shaken = pit_tcn.Shaken(windows)
+    torch.manual_seed(0)
+    x, y = shaken[1]
+    torch.manual_seed(0)
+    assert torch.equal(shaken[1][0], x)
+    assert (len(shaken), int(y), x.shape) == (2, 5, (6, 4000))
+    # Along an axis one scale and one shift; around them noise of 0.1, to within 4 / sqrt(2 * 4000) of it.
+    assert torch.allclose(x.std(1), torch.full((6,), 0.1), rtol=0.045)
+    assert x.mean(1).std() > 0.05
 
 
 # ---- ImageNet --------------------------------------------------------------------------------------------------

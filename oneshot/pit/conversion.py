@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -35,10 +35,10 @@ class _Place(nn.Module):
 
     def __init__(self, units: int) -> None:
         super().__init__()
-        self.units = nn.Parameter(torch.ones(units))
+        self.place_of_mask = nn.Parameter(torch.ones(units))
 
     def forward(self, x: Tensor, dim: int = 1) -> Tensor:
-        return x * self.units.to(x.dtype).reshape([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
+        return x * self.place_of_mask.to(x.dtype).reshape([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
 
 
 class PlacedMasks:
@@ -67,7 +67,7 @@ def take_masks(network: nn.Module) -> PlacedMasks:
                 taken.kernels[weight] = of_layer  # type: ignore[assignment]
             _put(network, path, plain_layer(module))
         elif isinstance(module, ChannelMask) and id(module) not in masks and path:
-            taken.channels.append((Dimension(f"{path}.units", 0), module))
+            taken.channels.append((Dimension(f"{path}.place_of_mask", 0), module))
             taken.places.append(path)
             _put(network, path, _Place(len(module.alpha)))
     return taken
@@ -120,7 +120,9 @@ def find_space(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, pla
         _put(found.network, path, _passing())
     if isinstance(found.network, fx.GraphModule):
         found.network.recompile()
-    return found._replace(own=_checked(found.space, placed, found.own))
+    own = _checked(found.space, placed, found.own)
+    channels = tuple(replace(axis, group=_without_places(axis.group)) for axis in found.space.channels)
+    return Found(found.network, replace(found.space, channels=channels), own)
 
 
 _OF_CODE = ("a cut of it", "positions that the code", "pieces of fixed lengths", "of a dimension that is a part")
@@ -147,7 +149,7 @@ def _found(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, plan: P
             if kernel.weight == weight:
                 names = {"kernel_mask": kernel.kernel_label, "dilation_mask": kernel.dilation_label}
                 own.update({names[name]: mask for name, mask in masks.items()})
-    channels = [_axis(_without_places(group), plan.granularity) for group in found.groups]
+    channels = [_axis(group, plan.granularity) for group in found.groups]
     gone = {d: excluded[d] for k in kernels for d in k.positions if d in excluded}
     kernels = [k for k in kernels if not any(d in gone for d in k.positions)]
     if not plan.autoconvert:
@@ -285,7 +287,7 @@ def _without_places(group: Group) -> Group:
 
 
 def _is_place(dimension: Dimension) -> bool:
-    return dimension.name.rpartition(".")[2] == "units"
+    return dimension.name.rpartition(".")[2] == "place_of_mask"
 
 
 def _axis(group: Group, granularity: Granularity) -> ChannelAxis:

@@ -248,7 +248,7 @@ class MaskSet(nn.Module):
     def alphas(self) -> list[Tensor]:
         """Of masks of channels, of kernel sizes, of dilations: in the order of the flat vector."""
         masks = self.by_label._modules
-        return [masks[key]._parameters["alpha"] for key in self._order]  # type: ignore[misc, union-attr]
+        return [masks[key]._parameters["alpha"] for key in self._order]  # type: ignore[misc]
 
     def kept(self, theta: Tensor) -> tuple[Tensor, Tensor | None]:
         """Which units of all channel axes stay, 0 or 1 of shape (units,), and which of them below the threshold.
