@@ -22,7 +22,7 @@ from ..mutables.masked import MASKED_LAYERS, placed_masks, plain_layer
 from ..mutables.masks import ChannelMask, Mask
 from .axes import ChannelAxis, kernel_axes
 from .search_space import SearchSpace
-from .trial import confirmed, no_dropout
+from .trial import NoDropout, confirmed
 
 __all__ = ["Found", "Granularity", "PlacedMasks", "Plan", "find_space", "searched_weights", "take_masks"]
 
@@ -206,7 +206,7 @@ def _programs(network: nn.Module, args: Sequence[Any]) -> tuple[Sequence[Any], l
         programs = [trace_operators(network, args)]
     copied = copy.deepcopy(network).train()
     try:
-        with no_dropout():
+        with NoDropout():
             programs.append(trace_operators(copied, args, training=True))
     except UnsupportedModelError:
         # BatchNorm does not train on one number per channel. What runs in eval mode is what is exported.

@@ -28,7 +28,7 @@ from .masked_cost import CostTerms, MaskedCosts, parameter_terms, spec_terms
 from .report import PITReport, report_of
 from .search_space import SearchSpace, cut_network, rewriter_of, shapes_of
 from .sizes import Sizes
-from .step import WeightMasks
+from .weight_masks import WeightMasks
 
 __all__ = ["PIT", "CostArgument"]
 

@@ -22,7 +22,7 @@ from .axes import ChannelAxis
 from .mask_set import MaskSet
 from .search_space import SearchSpace, call_masked, cut_network, rewriter_of
 
-__all__ = ["confirmed", "no_dropout"]
+__all__ = ["NoDropout", "confirmed"]
 
 ROUNDS = 2
 _ALLOWED = {torch.float64: 1e-10}
@@ -36,7 +36,7 @@ _DROPOUTS = frozenset(
 )  # fmt: skip
 
 
-class no_dropout(TorchFunctionMode):
+class NoDropout(TorchFunctionMode):
     """Dropout as the identity: two networks of different widths cannot drop the same elements."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,7 +146,7 @@ class _Trial:
     def _run(self, model: nn.Module, mode: bool, call: Callable[[Sequence[Any]], Any]) -> Any:
         """With the same random numbers and buffers every time; ``mode``: of training."""
         before = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode else []
-        with torch.random.fork_rng(devices=[]), evaluated(model), no_dropout():
+        with torch.random.fork_rng(devices=[]), evaluated(model), NoDropout():
             torch.manual_seed(0)
             model.train(mode)
             output = call(_cloned(self.args))
