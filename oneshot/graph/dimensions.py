@@ -220,35 +220,21 @@ class Finder:
     def found(self) -> Dimensions:
         units = self.labels.units
         self._freeze_whole_dimensions()
-        frozen: dict[Dimension, str] = {}
-        members: dict[int, dict[int, list[int]]] = {}
-        for place, dimension in enumerate(self.names):
-            atoms = self._atoms(place)
-            for index, (root, reason) in enumerate(zip(units.roots(atoms).tolist(), units.reasons(atoms), strict=True)):
-                if reason is not None:
-                    frozen.setdefault(dimension, reason)
-                else:
-                    members.setdefault(root, {}).setdefault(place, []).append(index)
         # A dimension that nothing ran over belongs to a layer that is never called: it stays.
-        alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for root, unit in members.items():
-            alike.setdefault(tuple((place, len(indices)) for place, indices in unit.items()), []).append(root)
+        frozen, members = self._frozen(), self._members()
         columns = self._columns()
         found: list[Group] = []
         taken: set[str] = set()
         unit_of = np.full(len(units.parents), -1)
         count = 0
-        for roots in never_empty(list(alike.values()), self._pieces(members)):
-            rows = [members[root] for root in roots]
-            dimensions = {
-                self.names[place]: torch.tensor([row[place] for row in rows], dtype=torch.int64) for place in rows[0]
-            }
+        for roots in never_empty(members.alike(), self._pieces(set(members.roots.tolist()))):
+            dimensions = {self.names[place]: torch.from_numpy(rows) for place, rows in members.of(roots).items()}
             masked = frozenset(d for d in dimensions if d in columns)
-            if not masked or len(rows) < 2:
+            if not masked or len(roots) < 2:
                 reason = "one unit, which has to stay" if masked else "nothing that runs sums over it"
                 frozen.update({d: reason for d in dimensions if d not in frozen})
                 continue
-            found.append(Group(_label(dimensions, masked, taken), len(rows), dimensions, masked))
+            found.append(Group(_label(dimensions, masked, taken), len(roots), dimensions, masked))
             unit_of[roots] = np.arange(count, count + len(roots))
             count += len(roots)
         searchable = {d for group in found for d in group.members}
@@ -256,6 +242,24 @@ class Finder:
         return Dimensions(
             tuple(found), left, tuple(self.numbers), unit_of[units.roots(np.arange(len(unit_of)))], tuple(self.products)
         )
+
+    def _frozen(self) -> dict[Dimension, str]:
+        """The dimensions of which something is frozen, with the reason of its first index."""
+        units, frozen = self.labels.units, {}
+        for place, dimension in enumerate(self.names):
+            codes = units.frozen[units.roots(self._atoms(place))]
+            if codes.any():
+                frozen[dimension] = units.texts[codes[codes > 0][0] - 1]
+        return frozen
+
+    def _members(self) -> _Members:
+        """Of every unit that may be cut, the indices of each dimension."""
+        sizes = np.asarray(self.sizes, np.int64)
+        places = np.repeat(np.arange(len(sizes)), sizes)
+        indices = np.concatenate([np.arange(n) for n in self.sizes]) if self.sizes else np.zeros(0, np.int64)
+        roots = self.labels.units.roots(np.repeat(np.asarray(self.starts, np.int64), sizes) + indices)
+        free = self.labels.units.frozen[roots] == 0
+        return _Members.of_atoms(roots[free], places[free], indices[free])
 
     def _pieces(self, members: Container[int]) -> set[frozenset[int]]:
         """The units of every tensor of the runs all of whose units could be cut."""
@@ -274,6 +278,37 @@ class Finder:
         starts = np.asarray(self.starts)
         atoms = np.unique(np.concatenate(self.labels.summed)) if self.labels.summed else np.zeros(0, np.int64)
         return {self.names[i] for i in np.unique(np.searchsorted(starts, atoms, side="right") - 1)}
+
+
+class _Members(NamedTuple):
+    """The units by their roots, ascending: where the places and indices of each begin, and how many there are."""
+
+    roots: Atoms
+    begin: Atoms
+    length: Atoms
+    places: Atoms
+    indices: Atoms
+
+    @staticmethod
+    def of_atoms(roots: Atoms, places: Atoms, indices: Atoms) -> _Members:
+        """From the root, the place of the dimension and the index of every atom."""
+        order = np.lexsort((indices, places, roots))
+        found, begin, length = np.unique(roots[order], return_index=True, return_counts=True)
+        return _Members(found, begin, length, places[order], indices[order])
+
+    def alike(self) -> list[list[int]]:
+        """The units that have equally many indices of the same dimensions, in the order of the first of each."""
+        groups: dict[bytes, list[int]] = {}
+        for root, begin, length in zip(self.roots.tolist(), self.begin.tolist(), self.length.tolist(), strict=True):
+            groups.setdefault(self.places[begin : begin + length].tobytes(), []).append(root)
+        return list(groups.values())
+
+    def of(self, roots: Sequence[int]) -> dict[int, Atoms]:
+        """Place -> indices of each unit, of shape (units, m), of units that are alike."""
+        rows = np.searchsorted(self.roots, np.asarray(roots))
+        atoms = self.begin[rows][:, None] + np.arange(self.length[rows[0]])
+        places, indices = self.places[atoms[0]], self.indices[atoms]
+        return {int(place): np.ascontiguousarray(indices[:, places == place]) for place in np.unique(places)}
 
 
 def _label(dimensions: Mapping[Dimension, Tensor], columns: frozenset[Dimension], taken: set[str]) -> str:
