@@ -10,12 +10,13 @@ parameters, which all of them share. The control is the seed itself, trained by 
 at 1, for as many epochs: the same batches, augmentation, optimizer and choice of the epoch.
 
 Person 7 chooses the epoch, persons 8 to 10 are tested once by each finished network. Of every run, ``--out`` gets the
-architecture as JSON, of the smallest network also ``smallest.onnx``, and of all of them ``results.json``. At the end it
+architecture as JSON, of the last one, of the smallest budget, also ``smallest.onnx``, and of all ``results.json``. It
 is checked that
 
 - every exported network keeps its budget, has as many parameters and MACs as reported (counted by torch), and computes
   what the masked one did, as does the one that is rebuilt from the JSON, and ONNX Runtime;
-- in the full run, the mean accuracy over the seeds is within ``MARGINS`` of the control's.
+- in the full run, for every budget, the mean accuracy over the seeds is at most 4 points below the control's: at least
+  3, 6 and 12 times fewer parameters. (The seeds of one budget differ by more than the means of the budgets.)
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from search_spaces.tcn import small_tcn
 
 SHAPE = (6, 128)
 BUDGETS = (12_000, 6_000, 3_000)  # parameters: a third, a sixth and a twelfth of the seed's
-MARGINS = {12_000: 0.02, 6_000: 0.03, 3_000: 0.05}  # of test accuracy, that the means may be below the control's
+MARGIN = 0.04  # of test accuracy, that their means may be below the control's
 BATCH, LR = 64, 3e-3
 # Above its budget the cost is to outweigh the task: the whole network's parameters count 10 beside a loss of about 1.
 STRENGTH = 10.0
@@ -196,11 +197,11 @@ def check_onnx(net: nn.Module, windows: Tensor, path: Path) -> None:
 
 
 def check_accuracies(runs: Sequence[Run]) -> None:
-    """The margins of the docstring, over the seeds."""
+    """The margin of the docstring, over the seeds."""
     control = mean(run.accuracy for run in runs if run.budget is None)
-    for budget, margin in MARGINS.items():
+    for budget in BUDGETS:
         found = mean(run.accuracy for run in runs if run.budget == budget)
-        assert found >= control - margin, f"at most {budget}: {found:.3f}, the control has {control:.3f}"
+        assert found >= control - MARGIN, f"at most {budget}: {found:.3f}, the control has {control:.3f}"
 
 
 # ---- the table -------------------------------------------------------------------------------------------------

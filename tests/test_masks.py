@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from oneshot.errors import ArchMismatchError, ConfigurationError, LabelError
+from oneshot.errors import ArchMismatchError, ConfigurationError
 from oneshot.graph.dimensions import Dimension, Group
 from oneshot.mutables.masked import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
 from oneshot.mutables.masks import (
@@ -84,13 +84,14 @@ def kept_by_hand(theta: list[float], granularity: int) -> list[bool]:
 def test_kept_units_are_those_of_each_mask_alone(masks: list[tuple[list[float], int]]) -> None:
     theta = torch.tensor([t for alpha, _ in masks for t in alpha], dtype=torch.float64)
     segments = torch.tensor([i for i, (alpha, _) in enumerate(masks) for _ in alpha])
-    got = kept_units(theta, segments, torch.tensor([g for _, g in masks])).tolist()
+    granularity = torch.tensor([g for _, g in masks])
+    got = kept_units(theta, segments, granularity, torch.ones_like(granularity)).tolist()
     assert got == [kept for alpha, g in masks for kept in kept_by_hand(alpha, g)]
 
 
 def test_the_threshold_itself_is_off() -> None:
     one = torch.tensor([0])
-    assert kept_units(torch.tensor([0.5, 0.51, 0.5]), torch.zeros(3, dtype=torch.int64), one + 1).tolist() == [
+    assert kept_units(torch.tensor([0.5, 0.51, 0.5]), torch.zeros(3, dtype=torch.int64), one + 1, one).tolist() == [
         False,
         True,
         False,
@@ -318,12 +319,6 @@ def test_a_number_of_units_is_needed(build: Callable[[Any], Mask], n: Any) -> No
         build(n)
 
 
-@pytest.mark.parametrize("label", ["", 3])
-def test_a_label_is_a_word(label: Any) -> None:
-    with pytest.raises(LabelError, match="non-empty"):
-        ChannelMask(3, label)
-
-
 @pytest.mark.parametrize("granularity", [0, -1, 1.5, True])
 def test_a_granularity_is_an_integer(granularity: Any) -> None:
     with pytest.raises(ConfigurationError, match="granularity"):
@@ -455,13 +450,13 @@ def test_alpha_keeps_its_precision(cast: Callable[[nn.Module], nn.Module]) -> No
 
 
 def test_copies_and_files() -> None:
-    mask = ChannelMask(4, "width", granularity=2)
+    mask = ChannelMask(4, granularity=2)
     set_alpha(mask, [0.1, 0.6, 0.3, 0.7])
     file = io.BytesIO()
     torch.save(mask, file)
     file.seek(0)
     for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), torch.load(file, weights_only=False)):  # noqa: S301
-        assert (other.label, other.granularity, other.decision()) == ("width", 2, [1, 3])
+        assert (other.granularity, other.decision()) == (2, [1, 3])
         assert torch.equal(other.alpha, mask.alpha)
         other.keep([0, 1])
         assert mask.decision() == [1, 3]

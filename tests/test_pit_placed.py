@@ -31,8 +31,9 @@ def written() -> tuple[nn.Sequential, ChannelMask, KernelMask]:
 def test_only_masks_placed_by_hand_are_searched() -> None:
     net, _, _ = written()
     pit = PIT(net, (3, 10), autoconvert_layers=False)
-    # A kernel axis has a mask of dilation too, which was not placed, and does not learn less for it.
     assert list(pit.masks) == ["0", "0.kernel_size", "0.dilation"]
+    assert [mask.alpha.requires_grad for _, mask in pit.masks.items()] == [True, True, False]  # no DilationMask there
+    assert pit.reachable_costs()["params"][0] == 1 * 3 * 1 + 1 + 2 + 6 * 1 * 3 + 6 + 122
     scatter(pit, 0)
     small = pit.eval().export()
     x = torch.randn(4, 3, 10)
@@ -80,6 +81,28 @@ def test_a_mask_called_on_a_tensor() -> None:
     x = torch.randn(2, 3, 8, 8)
     same(net(x), pit(x), 1e-6)  # after the normalisation a zero is a zero: both agree
     same(pit(x), pit.export()(x), 1e-5)
+
+
+def test_a_mask_as_a_layer_and_in_another_one() -> None:
+    shared = ChannelMask(8)
+    net = nn.Sequential(
+        MaskedConv2d(3, 8, 1, channel_mask=shared), nn.Conv2d(8, 8, 1, groups=8), shared, nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    pit = PIT(net, (3, 5, 5), autoconvert_layers=False)
+    assert list(pit.masks) == ["0"]
+    pit.masks["0"].keep([1, 2, 6])
+    x = torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        same(pit(x), pit.export()(x), 1e-5)
+
+
+def test_masks_that_cannot_be_searched_are_errors() -> None:
+    circular = MaskedConv1d(3, 4, 3, padding=1, padding_mode="circular", kernel_mask=KernelMask(3))
+    with pytest.raises(ConfigurationError, match=r"the kernel_mask of 0\.weight cannot be searched: padding_mode"):
+        PIT(nn.Sequential(circular, nn.Conv1d(4, 2, 1)), (3, 9))
+    sizes = MaskedConv1d(3, 4, 3, kernel_mask=KernelMask(3, sizes=(1, 3, 5)))
+    with pytest.raises(ConfigurationError, match=r"has sizes \(1, 3, 5\), its taps \(1, 2, 3\)"):
+        PIT(nn.Sequential(sizes, nn.Conv1d(4, 2, 1)), (3, 9))
 
 
 def test_one_mask_object_in_two_layers() -> None:

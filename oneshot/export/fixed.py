@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ArchMismatchError, ExportError, UnsupportedModelError
-from ..graph import evaluated
+from ..graph import evaluated, tensors_of
 from ..mutables import InputChoice, LayerChoice, Mutable, OnePath, Repeat, decisions
 from ..mutables.base import SearchModel
 from .arch import ArchFile, ArchSource, choices_of
@@ -206,9 +206,11 @@ def _prove(model: nn.Module, plain: nn.Module, copies: Mapping[int, Any], args: 
 
 def check_equal(reference: nn.Module, other: nn.Module, args: Sequence[Any], name: str) -> None:
     """ExportError unless both compute the same in eval mode; each on a copy of ``args``, which they may change."""
-    with evaluated(reference), evaluated(other):
+    with evaluated(reference), evaluated(other), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a network may draw random numbers in eval mode: both draw the same
         expected = reference(*pytree.tree_map_only(Tensor, torch.clone, list(args)))
         try:
+            torch.manual_seed(0)
             got = other(*pytree.tree_map_only(Tensor, torch.clone, list(args)))
         except Exception as error:
             raise ExportError(
@@ -284,4 +286,4 @@ def _alike(ours: list[Any], theirs: list[Any]) -> bool:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return tensors_of(tree)

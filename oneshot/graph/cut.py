@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..errors import UnsupportedModelError
 from .dimensions import Dimension
 
-__all__ = ["conv_padding", "cut"]
+__all__ = ["conv_padding", "copied", "cut"]
 
 _PADS = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d, 3: nn.ConstantPad3d}
 
@@ -45,22 +45,28 @@ def cut(
                 small = small.index_select(d, kept[Dimension(name, d)].to(small.device))
             small = small.clone() if small is tensor else small
             memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
-    copied = _copied(model, memo)
+    small_model = copied(model, memo)
     originals = dict(model.named_modules())
-    for path, module in copied.named_modules():
+    for path, module in small_model.named_modules():
         _resize(module, originals[path])
         for name, value in _sizes(module) if numbers and path in numbers else ():
             setattr(module, name, _renumbered(value, numbers[path]))  # type: ignore[index]
-    for path, module in list(copied.named_modules()):
+    for path, module in list(small_model.named_modules()):
         weight = Dimension(f"{path}.weight".lstrip("."), 2)
         taps = [kept.get(weight._replace(dim=d)) for d in (2, 3, 4)]
         if isinstance(module, _ConvNd) and any(t is not None for t in taps):
             dilation = (dilations or {}).get(weight.name, module.dilation)
-            copied = _with_smaller_kernel(copied, path, module, originals[path], taps, dilation)
-    return copied
+            small_model = _with_smaller_kernel(small_model, path, module, originals[path], taps, dilation)
+    return small_model
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, with copies of the results of a forward that a module keeps (an attention map, a normed weight)."""
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for tensor in _tensors_in(vars(module)):
+            if tensor.grad_fn is not None:
+                memo.setdefault(id(tensor), tensor.detach().clone())
     try:
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
@@ -68,6 +74,14 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"{type(model).__name__} cannot be copied: {error}. Do not keep results of a forward, locks or files in "
             "the attributes of a module"
         ) from error
+
+
+def _tensors_in(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for leaf in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors_in(leaf)
 
 
 def _resize(module: nn.Module, before: nn.Module) -> None:

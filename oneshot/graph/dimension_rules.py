@@ -456,6 +456,9 @@ def _linear(given: Given) -> list[Labelled]:
 def _attention(given: Given) -> list[Labelled]:
     """softmax(q k^T) v: the size of a head is summed over, so that whole heads are units."""
     q, k, v = (given.of(value) for value in given.args[:3])
+    if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        given.freeze(q, k, v, why="heads that share keys and values")
+        return []
     turned = k.moved(lambda s: s.transpose(-1, -2), (*k.shape[:-2], k.shape[-1], k.shape[-2]))
     scores = given.labels.contract(q, turned, given.what)
     mask = given.kwargs.get("attn_mask")

@@ -130,6 +130,10 @@ class Labels:
             return [label for labels in together for label in labels]
         result = []
         for labels in zip(*together, strict=True):
+            if any(len({s.shape[d] for s in labels} - {1}) > 1 for d in range(labels[0].dim())):
+                self.freeze(labels, f"{why} of dimensions of different sizes")
+                result.append(labels[0])
+                continue
             wide = torch.broadcast_tensors(*labels)
             for other in wide[1:]:
                 self.units.unite(atoms_of(wide[0]), atoms_of(other), f"{why} with a fixed position")

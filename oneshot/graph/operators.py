@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..mutables import EveryPath, InputChoice, LayerChoice, Repeat, decisions
-from .trace import Condition, _run, _Tracer, evaluated, intersect
+from .trace import Condition, _run, _Tracer, evaluated, intersect, tensors_of
 
 __all__ = ["Junction", "Operator", "Program", "Run", "Value", "plain_attention", "trace_operators"]
 
@@ -292,7 +291,7 @@ def _tensors(tree: Any) -> list[Tensor]:
         # By key: two options may return one dict in different orders.
         leaves = [tree[key] for key in sorted(tree, key=str)] if isinstance(tree, dict) else tree
         return [tensor for leaf in leaves for tensor in _tensors(leaf)]
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return tensors_of(tree)
 
 
 def _replaced(tree: Any, by: Callable[[Tensor], Any]) -> Any:

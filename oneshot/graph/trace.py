@@ -28,6 +28,7 @@ __all__ = [
     "evaluated",
     "intersect",
     "parameter_conditions",
+    "tensors_of",
     "trace_calls",
     "trace_operations",
     "undecided_inside",
@@ -352,6 +353,22 @@ def _rows(mutable: Mutable) -> list[tuple[nn.Module, frozenset[int]]]:
         every = range(len(mutable.options))
         return [(block, frozenset(k for k in every if low + k > i)) for i, block in enumerate(mutable.blocks)]
     return []  # an InputChoice passes tensors on
+
+
+def tensors_of(tree: Any, depth: int = 4) -> list[Tensor]:
+    """The tensors of what a network returns: also of dataclasses and other objects, by their attributes.
+
+    >>> from types import SimpleNamespace
+    >>> len(tensors_of([torch.ones(1), SimpleNamespace(a=torch.ones(1), b={"c": torch.ones(1)})]))
+    3
+    """
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type):
+            found += tensors_of(dict(vars(leaf)), depth - 1)
+    return found
 
 
 def _shape_only(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, LabelError
+from ..errors import ConfigurationError
 from .base import AlphaModule
 
 __all__ = [
@@ -54,15 +54,15 @@ def magnitude(alpha: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def kept_units(theta: Tensor, segments: Tensor, granularity: Tensor) -> Tensor:
+def kept_units(theta: Tensor, segments: Tensor, granularity: Tensor, least: Tensor) -> Tensor:
     """Which units stay, bool of shape (n,), of several masks in one vector ``theta`` of shape (n,).
 
-    ``segments``: (n,), the mask of each unit, ascending from 0. ``granularity``: (masks,). In each mask the units above
-    the threshold stay, at least one, and so many of the next largest that their number is a multiple of its granularity
-    (or all there are). Of equal ones the last goes first.
+    ``segments``: (n,), the mask of each unit, ascending from 0. ``granularity``, ``least``: (masks,). In each mask the
+    units above the threshold stay, and so many of the next largest that there are ``least`` >= 1, and a multiple of the
+    granularity (or all there are). Of equal ones the last goes first.
 
     >>> theta = torch.tensor([0.9, 0.2, 0.3, 0.4, 0.4])
-    >>> kept_units(theta, torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 1])).tolist()
+    >>> kept_units(theta, torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 1]), torch.tensor([1, 1])).tolist()
     [True, False, True, False, True]
     """
     masks = len(granularity)
@@ -70,7 +70,7 @@ def kept_units(theta: Tensor, segments: Tensor, granularity: Tensor) -> Tensor:
         0, segments, torch.ones_like(segments)
     )
     above = torch.zeros_like(sizes).index_add_(0, segments, (theta > THRESHOLD).to(torch.int64))
-    wanted = (above.clamp_min(1) + granularity - 1) // granularity * granularity
+    wanted = (torch.maximum(above, least) + granularity - 1) // granularity * granularity
     # By mask, then from the largest, of equal ones from the last: two stable sorts of the reversed vector.
     backwards = torch.arange(len(theta) - 1, -1, -1, device=theta.device)
     order = backwards[torch.argsort(theta[backwards], descending=True, stable=True)]
@@ -126,20 +126,17 @@ def dilation_scores(gamma: Tensor, taps: int) -> Tensor:
 
 
 class Mask(AlphaModule, ABC):
-    """A mutable with one alpha per unit. ``label``: its name in an architecture; None means its place in the model.
+    """A mutable with one alpha per unit. In an architecture its label is its place: that of the layer it is of.
 
-    ``alpha``: shape (n,), in at least fp32 whatever the network is cast to. ``trainable``: whether a search moves it.
+    ``alpha``: shape (n,), in at least fp32 whatever the network is cast to. One object used twice is one decision.
     """
 
     alpha: nn.Parameter
 
-    def __init__(self, n: int, label: str | None) -> None:
+    def __init__(self, n: int) -> None:
         super().__init__()
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ConfigurationError(f"{type(self).__name__}({n!r}): a number of units of at least 1 is needed")
-        if label is not None and (not isinstance(label, str) or not label):
-            raise LabelError(f"{type(self).__name__}(label={label!r}): a label is a non-empty string or None")
-        self.label = label
         precision = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.alpha = nn.Parameter(torch.ones(n, dtype=precision))
 
@@ -169,7 +166,8 @@ class Mask(AlphaModule, ABC):
 class ChannelMask(Mask):
     """Which of ``units`` channels, features or heads stay. A call multiplies dimension ``dim`` of a tensor by 0 or 1.
 
-    ``granularity``: their number is a multiple of it. At least one stays: the largest |alpha|, of equal ones the last.
+    ``granularity``: their number is a multiple of it, or all. At least ``least`` stay: the largest |alpha|, and of
+    equal ones the last.
 
     >>> mask = ChannelMask(4)
     >>> mask.keep([0, 3])
@@ -177,11 +175,13 @@ class ChannelMask(Mask):
     ([[1.0, 0.0, 0.0, 1.0]], [0, 3])
     """
 
-    def __init__(self, units: int, label: str | None = None, *, granularity: int = 1) -> None:
-        super().__init__(units, label)
+    def __init__(self, units: int, *, granularity: int = 1, least: int = 1) -> None:
+        super().__init__(units)
+        if not isinstance(least, int) or isinstance(least, bool) or not 1 <= least <= units:
+            raise ConfigurationError(f"ChannelMask(least={least!r}): an integer from 1 to {units} is needed")
         if not isinstance(granularity, int) or isinstance(granularity, bool) or granularity < 1:
             raise ConfigurationError(f"ChannelMask(granularity={granularity!r}): an integer of at least 1 is needed")
-        self.granularity = granularity
+        self.granularity, self.least = granularity, least
 
     def forward(self, x: Tensor, dim: int = 1) -> Tensor:
         if x.shape[dim] != len(self.alpha):
@@ -200,7 +200,8 @@ class ChannelMask(Mask):
         """1 for units that stay, else 0; the gradient is handed straight through to |alpha|. Shape (units,)."""
         theta = self.soft()
         segments = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
-        kept = kept_units(theta, segments, torch.tensor([self.granularity], device=theta.device))
+        granularity, least = torch.tensor([[self.granularity], [self.least]], device=theta.device)
+        kept = kept_units(theta, segments, granularity, least)
         return theta + (kept.to(theta.dtype) - theta).detach()
 
     def decision(self) -> list[int]:
@@ -216,16 +217,21 @@ class ChannelMask(Mask):
     def keep(self, kept: Sequence[int]) -> None:
         """Keep these units and no others: their alpha becomes 1, that of the others 0."""
         n = len(self.alpha)
+        kept = kept.tolist() if isinstance(kept, Tensor) else kept
         kept = list(kept) if isinstance(kept, Sequence) and not isinstance(kept, str) else [kept]
         wrong = [k for k in kept if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < n]
         if wrong or not kept or len(set(kept)) != len(kept):
             raise ConfigurationError(
-                f"ChannelMask {self.label or ''}: units {kept} cannot be kept; needed are different integers from 0 to "
+                f"ChannelMask: units {kept} cannot be kept; needed are different integers from 0 to "
                 f"{n - 1}, at least one"
+            )
+        if len(kept) < self.least:
+            raise ConfigurationError(
+                f"ChannelMask: {len(kept)} units; with less than {self.least} the network does not run"
             )
         if len(kept) % self.granularity and len(kept) != n:
             raise ConfigurationError(
-                f"ChannelMask {self.label or ''}: {len(kept)} units is no multiple of {self.granularity}, nor all {n}"
+                f"ChannelMask: {len(kept)} units is no multiple of {self.granularity}, nor all {n}"
             )
         self.alpha.copy_(torch.zeros_like(self.alpha).index_fill_(0, torch.tensor(kept, device=self.alpha.device), 1))
 
@@ -244,8 +250,8 @@ class KernelMask(Mask):
     ([0.0, 0.0, 0.0, 1.0, 1.0], 2)
     """
 
-    def __init__(self, taps: int, label: str | None = None, *, sizes: Sequence[int] | None = None) -> None:
-        super().__init__(taps, label)
+    def __init__(self, taps: int, *, sizes: Sequence[int] | None = None) -> None:
+        super().__init__(taps)
         self.sizes = tuple(range(1, taps + 1) if sizes is None else sizes)
         if len(self.sizes) != taps or list(self.sizes) != sorted(set(self.sizes)):
             raise ConfigurationError(f"KernelMask(sizes={sizes}): {taps} sizes that ascend are needed")
@@ -267,7 +273,7 @@ class KernelMask(Mask):
     def decide(self, decision: Any) -> None:
         if isinstance(decision, bool) or decision not in self.sizes:
             allowed = list(self.sizes)
-            raise ConfigurationError(f"KernelMask {self.label or ''}: size {decision!r}, allowed are {allowed}")
+            raise ConfigurationError(f"KernelMask: size {decision!r}, allowed are {allowed}")
         n = len(self.alpha)
         kept = 1 + self.sizes.index(decision)
         self.alpha.copy_((torch.arange(n, device=self.alpha.device) >= n - kept).to(self.alpha.dtype))
@@ -286,9 +292,9 @@ class DilationMask(Mask):
     ([1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], 4)
     """
 
-    def __init__(self, taps: int, label: str | None = None) -> None:
+    def __init__(self, taps: int) -> None:
         is_number = isinstance(taps, int) and not isinstance(taps, bool) and taps > 0
-        super().__init__(octaves(taps) if is_number else taps, label)
+        super().__init__(octaves(taps) if is_number else taps)
         self.taps = taps
 
     def hard(self) -> Tensor:
@@ -305,7 +311,7 @@ class DilationMask(Mask):
     def decide(self, decision: Any) -> None:
         allowed = [2**p for p in range(len(self.alpha))]
         if decision not in allowed or isinstance(decision, bool):
-            raise ConfigurationError(f"DilationMask {self.label or ''}: dilation {decision!r}, allowed are {allowed}")
+            raise ConfigurationError(f"DilationMask: dilation {decision!r}, allowed are {allowed}")
         off = allowed.index(decision)
         self.alpha.copy_((torch.arange(len(self.alpha), device=self.alpha.device) >= off).to(self.alpha.dtype))
 

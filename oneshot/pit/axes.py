@@ -16,11 +16,12 @@ __all__ = ["ChannelAxis", "KernelAxis", "kernel_axes", "rings"]
 
 @dataclass(frozen=True)
 class ChannelAxis:
-    """Units that a ChannelMask keeps or removes; ``width``: how many channels of its first layer a unit has."""
+    """Units that a ChannelMask keeps or removes, in multiples of ``granularity`` and not below ``least``."""
 
     label: str
     group: Group
     granularity: int = 1
+    least: int = 1
 
     @property
     def units(self) -> int:
@@ -82,6 +83,8 @@ def kernel_axes(model: nn.Module) -> tuple[list[KernelAxis], dict[Dimension, str
         if not isinstance(module, _ConvNd) or len(module.kernel_size) > 2 or id(module.weight) in seen:
             continue
         seen.add(id(module.weight))
+        if "weight" not in module._parameters:
+            continue  # computed from others (weight_norm, say): what sums over it is frozen for that reason
         weight = f"{path}.weight".lstrip(".")
         sides = [Dimension(weight, 2 + d) for d in range(len(module.kernel_size))]
         sides = [side for side in sides if module.weight.shape[side.dim] > 1]

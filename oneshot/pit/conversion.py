@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..cost.counts import one_sample
 from ..errors import ConfigurationError, UnsupportedModelError
+from ..graph.cut import copied
 from ..graph.dimensions import Dimension, Dimensions, Group, find_dimensions
 from ..graph.fx_graph import graph_of
 from ..graph.operators import Program, trace_operators
@@ -56,7 +60,6 @@ class PlacedMasks:
 def take_masks(network: nn.Module) -> PlacedMasks:
     """Turn the masked layers of a network (a copy, of ours) into plain ones, and return their masks."""
     taken = PlacedMasks()
-    masks = {id(m) for layer in network.modules() if isinstance(layer, MASKED_LAYERS) for m in layer.children()}
     for path, module in list(network.named_modules()):
         if isinstance(module, MASKED_LAYERS):
             of_layer = placed_masks(module)
@@ -66,7 +69,8 @@ def take_masks(network: nn.Module) -> PlacedMasks:
             if of_layer:
                 taken.kernels[weight] = of_layer  # type: ignore[assignment]
             _put(network, path, plain_layer(module))
-        elif isinstance(module, ChannelMask) and id(module) not in masks and path:
+    for path, module in list(network.named_modules()):  # what is left is called on a tensor
+        if isinstance(module, ChannelMask):
             taken.channels.append((Dimension(f"{path}.place_of_mask", 0), module))
             taken.places.append(path)
             _put(network, path, _Place(len(module.alpha)))
@@ -133,12 +137,17 @@ def _is_of_code(reason: str) -> bool:
 
 
 def searched_weights(network: nn.Module, space: SearchSpace) -> int:
-    """Elements of parameters of which a dimension is searched."""
-    names = {d.name for axis in space.channels for d in axis.dimensions} | {k.weight for k in space.kernels}
-    return sum(parameter.numel() for name, parameter in network.named_parameters() if name in names)
+    """Elements of the parameters that are searched, for each of their searched dimensions."""
+    searched = {d for axis in space.channels for d in axis.dimensions} | {d for k in space.kernels for d in k.positions}
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    return sum(sizes.get(dimension.name, 0) for dimension in searched)
 
 
 def _found(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, plan: Plan, *, as_graph: bool) -> Found:
+    if isinstance(plan.granularity, Mapping):
+        unused = [p for p in plan.granularity if not any(fnmatchcase(path, p) for path, _ in network.named_modules())]
+        if unused:
+            raise ConfigurationError(f"granularity={plan.granularity!r}: {unused} fit no module")
     excluded = {**_checking_layers(network), **_excluded(network, plan.exclude)}
     samples, programs = _programs(network, args)
     found = find_dimensions(programs, network, excluded, literals=as_graph)
@@ -149,6 +158,9 @@ def _found(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, plan: P
             if kernel.weight == weight:
                 names = {"kernel_mask": kernel.kernel_label, "dilation_mask": kernel.dilation_label}
                 own.update({names[name]: mask for name, mask in masks.items()})
+                sizes = getattr(masks.get("kernel_mask"), "sizes", kernel.sizes)
+                if sizes != kernel.sizes:
+                    raise ConfigurationError(f"the KernelMask of {weight} has sizes {sizes}, its taps {kernel.sizes}")
     channels = [_axis(group, plan.granularity) for group in found.groups]
     gone = {d: excluded[d] for k in kernels for d in k.positions if d in excluded}
     kernels = [k for k in kernels if not any(d in gone for d in k.positions)]
@@ -173,18 +185,19 @@ def _is_kernel(network: nn.Module, dimension: Dimension) -> bool:
 
 def _checked(space: SearchSpace, placed: PlacedMasks, own: Mapping[str, Mask]) -> Mapping[str, Mask]:
     """ConfigurationError for a mask placed by hand that cannot be searched."""
-    held = {id(mask) for mask in own.values()}
-    searched = {d for axis in space.channels for d in axis.dimensions}
+    labels = set(space.labels)
+    labels |= {kernel.dilation_label for kernel in space.kernels if kernel.dilated}
+    searched = {id(mask) for label, mask in own.items() if label in labels}
     for dimension, mask in placed.channels:
-        if id(mask) not in held or not (_is_place(dimension) or dimension in searched):
+        if id(mask) not in searched:
             reason = space.frozen.get(dimension) or space.found.frozen.get(dimension, "nothing that runs depends on it")
             raise ConfigurationError(f"the ChannelMask at {dimension} cannot be searched: {reason}")
-    labels = set(space.labels)
-    return {
-        label: mask
-        for label, mask in own.items()
-        if label.removesuffix(".dilation") + ".kernel_size" in labels or label in labels
-    }
+    for weight, masks in placed.kernels.items():
+        for name, of_kernel in masks.items():
+            if id(of_kernel) not in searched:
+                reason = space.frozen.get(Dimension(weight, 2), "a kernel of one tap")
+                raise ConfigurationError(f"the {name} of {weight} cannot be searched: {reason}")
+    return {label: mask for label, mask in own.items() if label in labels}
 
 
 def _passing() -> nn.Module:
@@ -204,20 +217,45 @@ def _programs(network: nn.Module, args: Sequence[Any]) -> tuple[Sequence[Any], l
     except UnsupportedModelError:  # one that needs a batch, or has something else in the first dimension
         samples = args
         programs = [trace_operators(network, args)]
-    copied = copy.deepcopy(network).train()
+    in_training = copied(network).train()
+    calls: list[str] = []
     try:
-        with NoDropout():
-            programs.append(trace_operators(copied, args, training=True))
+        with NoDropout(), _watched(torch.utils.checkpoint.__file__, calls):
+            programs.append(trace_operators(in_training, args, training=True))
     except UnsupportedModelError:
         # BatchNorm does not train on one number per channel. What runs in eval mode is what is exported.
         return samples, programs
+    if calls:
+        raise UnsupportedModelError(
+            f"PIT: {type(network).__name__} uses activation checkpointing (torch.utils.checkpoint), which runs layers "
+            "again in the backward pass, where they have their unmasked weights: the gradients would be wrong. Switch "
+            "it off"
+        )
     return samples, programs
+
+
+@contextmanager
+def _watched(file: str, calls: list[str]) -> Iterator[None]:
+    """Note the functions of a file that are called inside."""
+
+    def watch(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_filename == file:
+            calls.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
 
 
 def _excluded(network: nn.Module, exclude: Excluded) -> dict[Dimension, str]:
     """The outputs of excluded layers: dimension -> reason. ConfigurationError for an entry that fits no module."""
     if isinstance(exclude, str | type):
         exclude = (exclude,)
+    if not isinstance(exclude, Sequence):
+        raise ConfigurationError(f"exclude={exclude!r}: paths of modules, patterns of paths, and layer types")
     modules = dict(network.named_modules())
     found: dict[Dimension, str] = {}
     for entry in exclude:
@@ -293,8 +331,8 @@ def _is_place(dimension: Dimension) -> bool:
 def _axis(group: Group, granularity: Granularity) -> ChannelAxis:
     """Granularity is given in channels of the layer a group is named after; a unit may be several of them."""
     path = group.label.partition(":")[0]
-    wanted = granularity if isinstance(granularity, int) else _of_pattern(granularity, path)
-    if isinstance(wanted, bool) or wanted < 1:
+    wanted = _of_pattern(granularity, path) if isinstance(granularity, Mapping) else granularity
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
         raise ConfigurationError(f"granularity={granularity!r}: integers of at least 1 are needed")
     width = next((i.shape[1] for d, i in group.members.items() if d.name.startswith(f"{path}.")), 1)
     return ChannelAxis(group.label, group, wanted // math.gcd(wanted, width))

@@ -50,6 +50,7 @@ class MaskSet(nn.Module):
 
     segments: Tensor
     granularity: Tensor
+    least: Tensor
     scores: Tensor
     offset: Tensor
     divisor: Tensor
@@ -65,7 +66,10 @@ class MaskSet(nn.Module):
         own = own or {}
         made: dict[str, Mask] = {}
         for axis in channels:
-            made[axis.label] = own.get(axis.label) or ChannelMask(axis.units, granularity=axis.granularity)
+            mask = own.get(axis.label) or ChannelMask(axis.units, granularity=axis.granularity)
+            assert isinstance(mask, ChannelMask)
+            mask.least = max(mask.least, axis.least)
+            made[axis.label] = mask
         for kernel in kernels:
             made[kernel.kernel_label] = own.get(kernel.kernel_label) or KernelMask(kernel.taps, sizes=kernel.sizes)
             if kernel.dilated:
@@ -147,7 +151,8 @@ class MaskSet(nn.Module):
         sizes = torch.tensor([axis.units for axis in self.channels], dtype=torch.int64)
         self._keep("segments", torch.repeat_interleave(torch.arange(len(sizes)), sizes))
         self._keep("granularity", torch.tensor([self[a.label].granularity for a in self.channels], dtype=torch.int64))
-        self._exact = all(self[a.label].granularity == 1 for a in self.channels)
+        self._keep("least", torch.tensor([self[a.label].least for a in self.channels], dtype=torch.int64))
+        self._exact = all(self[a.label].granularity == self[a.label].least == 1 for a in self.channels)
 
     def _set_kernel_buffers(self) -> None:
         """(theta^beta, theta^gamma) = S (|beta|, |gamma|) + s over the taps of all kernels: one block for each."""
@@ -220,7 +225,7 @@ class MaskSet(nn.Module):
             return not learning or bool(self[label].alpha.requires_grad)
 
         lowest = [
-            min(axis.units, self[axis.label].granularity) if moves(axis.label) else axis.units for axis in self.channels
+            _multiple(self[axis.label], axis.units) if moves(axis.label) else axis.units for axis in self.channels
         ]
         for kernel, full in zip(self.kernels, self.full()[len(self.channels) :], strict=True):
             searched = moves(kernel.kernel_label)
@@ -257,7 +262,7 @@ class MaskSet(nn.Module):
         """
         above = theta > THRESHOLD
         if not self._exact:
-            kept = kept_units(theta, self.segments, self.granularity)
+            kept = kept_units(theta, self.segments, self.granularity, self.least)
         else:
             flags = above.to(theta.dtype)
             if theta.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -366,6 +371,11 @@ def _of_taps(
     assert of_scores is not None
     matrix = masks.scores if masks.scores.dtype == of_scores.dtype else masks.scores.to(of_scores.dtype)
     return of_scores @ matrix
+
+
+def _multiple(mask: ChannelMask, units: int) -> int:
+    """The smallest number of units that a mask can keep."""
+    return min(units, -(-mask.least // mask.granularity) * mask.granularity)
 
 
 @torch.no_grad()

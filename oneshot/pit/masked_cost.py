@@ -28,7 +28,7 @@ from .sizes import Form, Sizes
 
 __all__ = ["CostTerms", "MaskedCosts", "parameter_terms", "spec_terms"]
 
-MOST_FACTORS = 4
+MOST_SIZES = 10  # of one layer, for which 2^10 prices are asked
 
 
 class Part(NamedTuple):
@@ -107,7 +107,7 @@ def _add(
 
     low = [form.at(sizes.lowest) for form in forms]
     high = [form.at(sizes.full) for form in forms]
-    if len(forms) <= MOST_FACTORS:
+    if len(forms) <= MOST_SIZES:
         coefficients = _multilinear(price, low, high)
         if all(_is_close(_value(coefficients, values), price(values)) for values in _checked(forms, sizes)):
             parts += [
@@ -201,6 +201,8 @@ def _sized_layer(
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:
     own = {**module._parameters, **module._buffers}
+    if isinstance(module, _ConvNd | nn.Linear) and own.get("weight") is None:
+        return []  # computed from other parameters, whose sizes are not those of a weight
     return [own[name] for name in ("weight", "running_mean", "bias") if own.get(name) is not None]  # type: ignore[misc]
 
 
@@ -255,13 +257,15 @@ def _sized_product(
                     form = sizes.along(label, d)
                     shape[d] = form if form.parts else shape[d]
         shapes[value.number] = shape
-    forms = tuple(dict.fromkeys(n for shape in shapes.values() for n in shape if isinstance(n, Form)))
+    # Each dimension is a size of its own, also where two have one form: what reads them looks at shapes only.
+    places = [(number, d) for number, shape in shapes.items() for d, n in enumerate(shape) if isinstance(n, Form)]
+    forms = tuple(n for shape in shapes.values() for n in shape if isinstance(n, Form))
 
     def sized(values: Sequence[Any]) -> LayerSpec:
-        of_form = dict(zip(forms, values, strict=True))
+        of_place = dict(zip(places, values, strict=True))
 
         def tensor(value: Value) -> Tensor:
-            shape = [of_form[n] if isinstance(n, Form) else n for n in shapes[value.number]]
+            shape = [of_place.get((value.number, d), n) for d, n in enumerate(shapes[value.number])]
             return torch.empty(shape, device="meta")
 
         args, kwargs = pytree.tree_map_only(Value, tensor, (list(step.args), dict(step.kwargs)))
@@ -286,12 +290,13 @@ class MaskedCosts:
         forms = list(dict.fromkeys(used))
         place = {form: 1 + i for i, form in enumerate(forms)}
         merged: dict[tuple[int, ...], list[float]] = {}
+        most = max((len(part.forms) for of_one in terms for part in of_one.parts), default=0)
         for row, of_one in enumerate(terms):
             for part in of_one.parts:
                 key = tuple(sorted(place[form] for form in part.forms))
-                merged.setdefault((0,) * (MOST_FACTORS - len(key)) + key, [0.0] * len(terms))[row] += part.coefficient
+                merged.setdefault((0,) * (most - len(key)) + key, [0.0] * len(terms))[row] += part.coefficient
         self.constants, self.matrix = sizes.matrix([Form(1), *forms])
-        self.factors = torch.tensor(list(merged) or [[0] * MOST_FACTORS])
+        self.factors = torch.tensor(list(merged) or [[0] * most], dtype=torch.int64)
         self.coefficients = torch.tensor(list(merged.values()) or [[0.0] * len(terms)], dtype=torch.float64).T
         self.place = place
         self.full = torch.tensor(sizes.full, dtype=torch.float64)

@@ -17,6 +17,7 @@ from ..cost.counts import COUNTED, MACS, OPS, PARAMS_NO_BIAS, PARAMS_NO_NORM
 from ..cost.spec import CostSpec
 from ..errors import ConfigurationError, ExportError, InputTypeError, UnsupportedModelError
 from ..export.fixed import check_equal
+from ..graph.cut import copied
 from ..graph.dimensions import Dimension
 from ..graph.masked_call import names_of_parameters
 from ..graph.rewrite import Rewriter
@@ -28,6 +29,7 @@ from .masked_cost import CostTerms, MaskedCosts, parameter_terms, spec_terms
 from .report import PITReport, report_of
 from .search_space import SearchSpace, cut_network, rewriter_of, shapes_of
 from .sizes import Sizes
+from .trial import NoDropout
 from .weight_masks import WeightMasks
 
 __all__ = ["PIT", "CostArgument"]
@@ -104,7 +106,7 @@ class PIT(SearchModel):
         super().__init__()
         self._flat_of_step: tuple[FlatMasks, list[int]] | None = None
         _check_model(model)
-        self.network = copy.deepcopy(model)
+        self.network = copied(model)
         self.example = _example(self.network, input_shape, example_input)
         placed = take_masks(self.network)
         plan = Plan(exclude, granularity, autoconvert_layers)
@@ -112,6 +114,7 @@ class PIT(SearchModel):
         if not self.space.labels:
             raise UnsupportedModelError(_nothing(model, self.space))
         self.masks = MaskSet(self.space.channels, self.space.kernels, own)
+        self._searched = set(self.masks) if autoconvert_layers else set(own)
         self.discrete_cost, self.ignore = discrete_cost, ignore
         self._train_features, self._train_rf, self._train_dilation = train_features, train_rf, train_dilation
         self._place_masks()
@@ -134,6 +137,8 @@ class PIT(SearchModel):
     # ---- the masked network --------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.__dict__.get("_is_replica"):
+            raise ConfigurationError("PIT does not run in nn.DataParallel; use DistributedDataParallel, or PITTrainer")
         learns = self.training and torch.is_grad_enabled()
         if learns:
             self.masks.clip_()
@@ -277,8 +282,9 @@ class PIT(SearchModel):
             (KernelMask, self._train_rf),
             (DilationMask, self._train_dilation),
         )
-        for _, mask in self.masks.items():
-            mask.alpha.requires_grad_(learn and any(flag for kind, flag in flags if isinstance(mask, kind)))
+        for label, mask in self.masks.items():
+            flag = any(flag for kind, flag in flags if isinstance(mask, kind))
+            mask.alpha.requires_grad_(learn and flag and label in self._searched)
 
     def train_nas_only(self) -> None:
         """Let the masks learn, as far as the flags say so, and no weight."""
@@ -315,7 +321,9 @@ class PIT(SearchModel):
         copy.deepcopy(self.masks).decide(arch)
 
     def export(self) -> nn.Module:
-        """The smaller network, of the user's own classes, compared with this one in eval mode.
+        """The smaller network, compared with this one in eval mode: of the user's own classes, or a ``torch.fx`` graph.
+
+        It is a graph where numbers in the code had to change (``report()`` says so), and has then no other methods.
 
         On the example input and on random ones, max |difference| / max |output| is at most 1e-4 in float32 and 1e-9 in
         float64; else ExportError. The result holds copies of the weights, in the modes that the modules are in.
@@ -330,21 +338,27 @@ class PIT(SearchModel):
         """The plain network of an architecture with the weights of this one, verified on ``examples``."""
         masked = self
         if arch != self.arch():  # else the masks are left as they are, in the middle of a search
-            masked = copy.deepcopy(self)
+            masked = self._copy()
             masked.decide(arch)
         failure: ExportError | None = None
         rewriter = masked._rewriter()
         for renumber in (True,) if masked.space.as_graph else (True, False):
             small = cut_network(masked.space, masked.masks, masked.network, renumber=renumber, rewriter=rewriter)
             try:
-                for args in examples or ():
-                    check_equal(masked, small, args, "the exported network")
+                with NoDropout():  # which some networks have in eval mode too
+                    for args in examples or ():
+                        check_equal(masked, small, args, "the exported network")
             except ExportError as error:
                 failure = failure or error
                 continue
             return small
         assert failure is not None
-        raise ExportError(f"{failure}. {copy.deepcopy(masked)._differing(examples or ())}") from failure
+        raise ExportError(f"{failure}. {masked._copy()._differing(examples or ())}") from failure
+
+    def _copy(self) -> PIT:
+        copy_of_self = copied(self)
+        assert isinstance(copy_of_self, PIT)
+        return copy_of_self
 
     def _rewriter(self) -> Rewriter | None:
         return rewriter_of(self.space, self.network, self._on_device(self.example))
@@ -405,6 +419,8 @@ class PIT(SearchModel):
 def _in_place(owners: Sequence[Sequence[tuple[nn.Module, str]]], tensors: Sequence[Tensor]) -> Iterator[None]:
     """Other tensors in the place of parameters: ``torch.func.functional_call``, without looking the names up."""
     before = [_held(owner, leaf)[leaf] for (owner, leaf), *_ in owners]
+    if any(tensor.grad_fn is not None for tensor in before):
+        raise RuntimeError("a PIT network is called while another call of it runs, in another thread or from inside")
     try:
         for places, tensor in zip(owners, tensors, strict=True):
             for owner, leaf in places:
@@ -462,12 +478,17 @@ def _example(network: nn.Module, input_shape: tuple[Any, ...] | None, example_in
     if example_input is not None:
         if input_shape is not None:
             warnings.warn("PIT: input_shape and example_input are both given; example_input is taken", stacklevel=3)
-        return tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
+        given = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
+        kept: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), given)
+        return kept
     if input_shape is None:
         raise ConfigurationError("PIT: the shape of an input is needed: input_shape=(3, 32, 32), without the batch")
     if not isinstance(input_shape, tuple):
         raise InputTypeError(f"PIT: input_shape={input_shape!r} is a {type(input_shape).__name__}, a tuple is needed")
     shapes = input_shape if input_shape and all(isinstance(s, tuple) for s in input_shape) else (input_shape,)
+    wrong = [n for shape in shapes for n in shape if not isinstance(n, int) or isinstance(n, bool) or n < 1]
+    if wrong:
+        raise ConfigurationError(f"PIT: input_shape={input_shape!r}: integers of at least 1 are needed, got {wrong}")
     parameter = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(2, *shape, generator=generator).to(parameter) for shape in shapes)
@@ -488,11 +509,13 @@ def _named_costs(cost: CostArgument | None) -> dict[str, str | CostSpec]:
         return {"params": "params"}
     if isinstance(cost, Mapping):
         named = dict(cost)
+    elif not isinstance(cost, str | CostSpec | Sequence):
+        raise InputTypeError(f"PIT: cost={cost!r}: a name, a CostSpec, several of them, or name -> one of them")
     else:
         several = [cost] if isinstance(cost, str | CostSpec) else list(cost)
-        named = {one if isinstance(one, str) else one.name: one for one in several}
+        named = {one.name if isinstance(one, CostSpec) else one: one for one in several}
     for name, one in named.items():
-        if not isinstance(one, CostSpec) and one not in COUNTED:
+        if not isinstance(one, CostSpec) and (not isinstance(one, str) or one not in COUNTED):
             raise ConfigurationError(f"cost {name!r}: {one!r} is none; allowed are {sorted(COUNTED)} and a CostSpec")
     return named
 

@@ -27,17 +27,20 @@ class AxisRow:
 class PITReport:
     """The masks of a network, its frozen dimensions with their reasons, and what its costs can be.
 
-    ``costs``: name -> (smallest, now, largest). ``str(report)`` is a table, ``report.as_dict()`` is JSON-ready.
+    ``costs``: name -> (smallest, now, largest). ``as_graph``: the export is a ``torch.fx`` graph, because numbers in
+    the code of the network change with its masks. ``str(report)`` is a table, ``report.as_dict()`` is JSON-ready.
     """
 
     masks: tuple[AxisRow, ...]
     frozen: Mapping[str, str]
     costs: Mapping[str, tuple[float, float, float]]
+    as_graph: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "masks": [vars(row) | {"members": list(row.members)} for row in self.masks],
             "frozen": dict(self.frozen),
+            "as_graph": self.as_graph,
             "costs": {
                 name: dict(zip(("smallest", "now", "largest"), n, strict=True)) for name, n in self.costs.items()
             },
@@ -57,7 +60,10 @@ class PITReport:
             ]
         costs = [["cost", "smallest", "now", "largest"]]
         costs += [[name, *(f"{n:,.0f}" for n in numbers)] for name, numbers in self.costs.items()]
-        return "\n".join([*lines, "", *_table(costs)])
+        lines += ["", *_table(costs)]
+        if self.as_graph:
+            lines += ["", "exported as a torch.fx graph: numbers in the code change with the masks"]
+        return "\n".join(lines)
 
 
 def report_of(space: SearchSpace, masks: MaskSet, costs: Mapping[str, tuple[float, float, float]]) -> PITReport:
@@ -76,7 +82,7 @@ def report_of(space: SearchSpace, masks: MaskSet, costs: Mapping[str, tuple[floa
             label = kernel.dilation_label
             largest = 2 ** (len(masks[label].alpha) - 1)
             rows.append(AxisRow(label, "dilation", largest, decisions[label], members))
-    return PITReport(tuple(rows), {str(d): why for d, why in space.frozen.items()}, costs)
+    return PITReport(tuple(rows), {str(d): why for d, why in space.frozen.items()}, costs, space.as_graph)
 
 
 def _shortened(names: Sequence[str], most: int = 4) -> str:

@@ -58,6 +58,11 @@ class SearchSpace:
             frozen={d: why for d, why in frozen.items() if d not in partly},
         )
 
+    def with_two(self, labels: Sequence[str]) -> SearchSpace:
+        """At least two units of the channel axes of these labels."""
+        channels = [replace(axis, least=2) if axis.label in labels else axis for axis in self.channels]
+        return replace(self, channels=tuple(channels))
+
     def only(self, labels: Sequence[str]) -> SearchSpace:
         return replace(
             self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 from collections.abc import Callable, Sequence
@@ -17,14 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import OneshotError
-from ..graph import evaluated
+from ..graph import evaluated, tensors_of
+from ..graph.cut import copied
 from .axes import ChannelAxis
 from .mask_set import MaskSet
 from .search_space import SearchSpace, call_masked, cut_network, rewriter_of
 
 __all__ = ["NoDropout", "confirmed"]
 
-ROUNDS = 2
 _ALLOWED = {torch.float64: 1e-10}
 _LOOSE = 1e-3
 _DROPOUTS = frozenset(
@@ -50,26 +49,28 @@ def confirmed(
 ) -> SearchSpace:
     """The axes of ``space`` of which a cut has been tried with success; the others are frozen with the reason.
 
-    All are cut at once at random places, with random weights and statistics, in float64 where the network runs in it;
-    twice, at different places. Where that fails, halves are tried, down to the axes that fail alone. What a cut of does
-    not change the output at all has shown nothing: such an axis is frozen too. ``in_training``: try it in train mode as
-    well, where other layers run.
+    All are cut at once, with random weights and statistics, in float64 where the network runs in it: twice at random
+    places, then down to the smallest that the masks allow. Where that fails, halves are tried, down to the axes that
+    fail alone. An axis that fails at one unit only (a ``squeeze`` may take its dimension away) keeps two. What a cut of
+    does not change the output at all has shown nothing: such an axis is frozen too. ``in_training``: try it in train
+    mode as well, where other layers run.
     """
     tried = _Trial(space, model, args, seed, (False, True) if in_training else (False,))
     reasons: dict[str, str] = {}
-    passed = 0
-    while passed < ROUNDS:
+    while space.without(reasons).labels:
         left = space.without(reasons)
-        if not left.labels:
-            return left
-        failure = tried.failure(left)
+        failure, smallest = tried.first_failure(left)
         if failure is None:
-            passed += 1
-            continue
-        passed = 0
-        failing = tried.failing(left, left.labels, failure)
-        reasons.update(failing or {left.labels[-1]: failure})
-    reasons.update(tried.without_effect(left))
+            reasons.update(tried.without_effect(left))
+            break
+        failing = tried.failing(left, left.labels, failure, smallest) or {left.labels[-1]: failure}
+        with_one = [
+            axis.label for axis in left.channels if axis.least == 1 and axis.units > 2 and axis.label in failing
+        ]
+        if smallest and with_one:
+            space = space.with_two(with_one)
+        else:
+            reasons.update(failing)
     return space.without(reasons)
 
 
@@ -85,24 +86,25 @@ class _Trial:
 
     def _prepared(self, model: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, list[Any]]:
         """A copy on the CPU, in float64 if it runs in that."""
-        wide = copy.deepcopy(model).cpu().double()
+        wide = copied(model).cpu().double()
         arguments = pytree.tree_map_only(Tensor, _wide, list(args))
         try:
             with evaluated(wide):
                 wide(*arguments)
         except Exception:  # noqa: BLE001  (the forward is the user's: anything may be raised by it)
-            narrow = copy.deepcopy(model).cpu()
+            narrow = copied(model).cpu()
             return narrow, pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), list(args))
         return wide, arguments
 
-    def masks(self, space: SearchSpace) -> MaskSet:
-        """Random decisions: at least one unit of each axis goes, and one stays."""
+    def masks(self, space: SearchSpace, smallest: bool) -> MaskSet:
+        """Random decisions: at least one unit of each axis goes, and one stays; ``smallest``: no more than has to."""
         masks = MaskSet(space.channels, space.kernels)
         for axis in space.channels:
-            kept = self._number(1, axis.units - 1)
+            most = axis.units - 1  # a single unit is tried in the round of the smallest networks, for itself
+            kept = axis.least if smallest else self._number(min(2, most), most)
             masks[axis.label].keep(_some(axis, kept, self.generator))
         for kernel in space.kernels:
-            size = self._number(1, kernel.taps - 1)
+            size = 1 if smallest else self._number(1, kernel.taps - 1)
             masks[kernel.kernel_label].decide(kernel.sizes[size - 1])
             if kernel.dilated:
                 octave = self._number(0, len(masks[kernel.dilation_label].alpha) - 1)
@@ -112,9 +114,17 @@ class _Trial:
     def _number(self, low: int, high: int) -> int:
         return int(torch.randint(low, max(low, high) + 1, (), generator=self.generator))
 
-    def failure(self, space: SearchSpace) -> str | None:
+    def first_failure(self, space: SearchSpace) -> tuple[str | None, bool]:
+        """Of several rounds, and whether it was in the one with the smallest networks."""
+        for smallest in (False, False, True):
+            failure = self.failure(space, smallest)
+            if failure is not None:
+                return failure, smallest
+        return None, False
+
+    def failure(self, space: SearchSpace, smallest: bool = False) -> str | None:
         """What goes wrong when all axes of a space are cut at once; None if nothing does."""
-        masks = self.masks(space)
+        masks = self.masks(space, smallest)
         expected: list[Any] = []
         failure = ""
         for renumber in (True,) if space.as_graph else (True, False):
@@ -155,7 +165,7 @@ class _Trial:
                 buffer.copy_(value)
         return output
 
-    def failing(self, space: SearchSpace, labels: Sequence[str], failure: str) -> dict[str, str]:
+    def failing(self, space: SearchSpace, labels: Sequence[str], failure: str, smallest: bool) -> dict[str, str]:
         """The axes that fail alone, or the smallest sets that fail together, by halving.
 
         Of layers of one name in modules of one class, two that fail alone stand for all: the blocks of a network are
@@ -164,7 +174,7 @@ class _Trial:
         if len(labels) == 1:
             return {labels[0]: failure}
         if len(labels) > 2 and len({self._kind(label) for label in labels}) == 1:
-            ends = {label: self.failure(space.only([label])) for label in (labels[0], labels[-1])}
+            ends = {label: self.failure(space.only([label]), smallest) for label in (labels[0], labels[-1])}
             if all(ends.values()):
                 alike = f"{ends[labels[0]]} (so it is with {labels[0]})"
                 return {label: ends.get(label) or alike for label in labels}
@@ -172,9 +182,9 @@ class _Trial:
         ordered = sorted(labels, key=self._kind)
         half = len(ordered) // 2
         for part in (ordered[:half], ordered[half:]):
-            of_part = self.failure(space.only(part))
+            of_part = self.failure(space.only(part), smallest)
             if of_part is not None:
-                found.update(self.failing(space, part, of_part))
+                found.update(self.failing(space, part, of_part, smallest))
         return found
 
     def _kind(self, label: str) -> tuple[str, str]:
@@ -202,8 +212,11 @@ class _Trial:
         """The derivative of a random sum of the outputs by the flat vector."""
         with torch.enable_grad():
             flat = masks().hard.detach().requires_grad_()
-            outputs = call_masked(space, masks, flat, self.model, args)
-            floats = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+            try:
+                outputs = call_masked(space, masks, flat, self.model, args)
+            except RuntimeError:  # it runs without a gradient only (something is written into a view): nothing is known
+                return torch.ones_like(flat)
+            floats = [t for t in tensors_of(outputs) if t.requires_grad]
             parts = [(t * torch.randn(t.shape, dtype=t.dtype)).sum() for t in floats]
             total = torch.stack([part.double() for part in parts]).sum() if parts else flat.sum() * 0
             (gradient,) = torch.autograd.grad(total, flat, allow_unused=True)
@@ -256,8 +269,7 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
 
 def relative_difference(one: Any, other: Any) -> tuple[float, float]:
     """The largest difference of two outputs over the largest number in them, and what is allowed for their dtype."""
-    ones = [t for t in pytree.tree_leaves(one) if isinstance(t, Tensor)]
-    others = [t for t in pytree.tree_leaves(other) if isinstance(t, Tensor)]
+    ones, others = tensors_of(one), tensors_of(other)
     if [(t.shape, t.dtype) for t in ones] != [(t.shape, t.dtype) for t in others]:
         return math.inf, 0.0
     worst, allowed = 0.0, _LOOSE

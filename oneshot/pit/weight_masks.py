@@ -103,7 +103,8 @@ class _MaskedWeights(torch.autograd.Function):
             ]
         if not ctx.needs_input_grad[0]:
             return None, None, *of_weights
-        sums = [(g * w).sum(dims).flatten() for g, w, dims in zip(given, weights, masks.sums, strict=True)]
+        products = [(g * w, dims) for g, w, dims in zip(given, weights, masks.sums, strict=True)]
+        sums = [(product.sum(dims) if dims else product).flatten() for product, dims in products]
         of_vector = torch.cat(sums).to(vector.dtype)
         of_hard = vector.new_zeros(ctx.size)
         for i, places in enumerate(masks.factors):
