@@ -169,7 +169,8 @@ class _Recorder(TorchDispatchMode):
         self.labels = {id(m): k for k, d in decisions(model).items() for m in d.members if m.decided is None}
         self.handles: list[Any] = []
         self.names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        self.written: set[int] = set()  # memory of constants into which something else was written
+        # Memory of constants into which something else was written. Held, so that nothing else gets the same address.
+        self.written: dict[int, Tensor] = {}
 
     def attach(self, model: nn.Module) -> None:
         for path, module in model.named_modules():
@@ -246,7 +247,11 @@ class _Recorder(TorchDispatchMode):
         output = func(*args, **kwargs)
         written = _written(func, args, kwargs)
         if not all(value.folded for _, value in inputs):
-            self.written |= {memory for tensor in written if (memory := _memory(tensor)) is not None}
+            constants = {id(tensor) for tensor, value in inputs if value.folded}
+            for tensor in written:
+                memory = _memory(tensor)
+                if id(tensor) in constants and memory is not None:
+                    self.written[memory] = tensor
         outputs = tuple(self._made(tensor, inputs) for tensor in _tensors(output) or written)
         if outputs:
             name = func._overloadpacket.__name__
@@ -268,7 +273,7 @@ class _Recorder(TorchDispatchMode):
             self.program.parameters[number] = self.names[id(tensor)]
         if folded and not (tensor.is_floating_point() or tensor.is_complex()):
             with _disable_current_modes():
-                self.program.integers[number] = tensor.detach().clone()
+                self.program.integers[number] = tensor.detach().cpu().clone()
         return number
 
     def _value(self, tensor: Tensor) -> Value:

@@ -123,6 +123,7 @@ class PIT(SearchModel):
         self.training = model.training
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.masks.to(device)
+        self.weight_masks.to(device)
 
     def _place_masks(self) -> None:
         """Where in the flat vector the indices of each masked dimension lie."""
