@@ -204,13 +204,20 @@ def _prove(model: nn.Module, plain: nn.Module, copies: Mapping[int, Any], args: 
         ) from error
 
 
-def check_equal(reference: nn.Module, other: nn.Module, args: Sequence[Any], name: str) -> None:
-    """ExportError unless both compute the same in eval mode; each on a copy of ``args``, which they may change."""
+def check_equal(
+    reference: nn.Module, other: nn.Module, args: Sequence[Any], name: str, *, seed: int | None = None
+) -> None:
+    """ExportError unless both compute the same in eval mode; each on a copy of ``args``, which they may change.
+
+    ``seed``: of the random numbers that both may draw; None: these are not the same.
+    """
     with evaluated(reference), evaluated(other), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # a network may draw random numbers in eval mode: both draw the same
+        if seed is not None:
+            torch.manual_seed(seed)
         expected = reference(*pytree.tree_map_only(Tensor, torch.clone, list(args)))
         try:
-            torch.manual_seed(0)
+            if seed is not None:
+                torch.manual_seed(seed)
             got = other(*pytree.tree_map_only(Tensor, torch.clone, list(args)))
         except Exception as error:
             raise ExportError(
