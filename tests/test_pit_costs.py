@@ -304,3 +304,20 @@ def test_macs_have_no_bias() -> None:
     pit = PIT(ToyAdd(), (3, 15), cost=[MACS, "params_no_bias"])
     assert pit.get_cost("macs").item() == 180 * 15 + 1000 * 7 + 280
     assert pit.get_cost("params_no_bias").item() == 180 + 1000 + 280
+
+
+def test_costs_of_large_networks_are_summed_in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the sizes of the axes in between: values and gradients are the same."""
+    found = []
+    for most in (10**6, 0):
+        monkeypatch.setattr("oneshot.pit.masked_cost.MOST_ELEMENTS", most)
+        torch.manual_seed(0)
+        pit = PIT(ToyAdd(), (3, 15), cost=["params", "ops"])
+        with torch.no_grad():
+            for _, mask in pit.masks.items():
+                mask.alpha.uniform_(0.2, 1)
+        costs = pit.costs()
+        (costs["params"] + 2 * costs["ops"]).backward()
+        found.append([*(cost.detach() for cost in costs.values()), *(alpha.grad for alpha in pit.nas_parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0.0)

@@ -53,9 +53,6 @@ class PlacedMasks:
         self.kernels: dict[str, dict[str, Mask]] = {}
         self.places: list[str] = []
 
-    def __bool__(self) -> bool:
-        return bool(self.channels or self.kernels)
-
 
 def take_masks(network: nn.Module) -> PlacedMasks:
     """Turn the masked layers of a network (a copy, of ours) into plain ones, and return their masks."""

@@ -241,10 +241,6 @@ class MaskSet(nn.Module):
         total = torch.zeros(self.n_axes + 1, dtype=torch.float64, device=flat.device)
         return total.index_add(0, self.axis_of, flat.to(torch.float64) * self.count_of)[:-1]
 
-    def of_sizes(self, gradient: Tensor) -> Tensor:
-        """The gradient of the flat vector, from that of the sizes."""
-        return torch.nn.functional.pad(gradient, (0, 1))[self.axis_of] * self.count_of
-
     def forward(self) -> FlatMasks:
         """The vector, of shape (units + taps + 1,)."""
         hard, soft = _FlatMasks.apply(self, *self.alphas())

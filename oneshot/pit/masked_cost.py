@@ -29,6 +29,7 @@ from .sizes import Form, Sizes
 __all__ = ["CostTerms", "MaskedCosts", "parameter_terms", "spec_terms"]
 
 MOST_SIZES = 10  # of one layer, for which 2^10 prices are asked
+MOST_ELEMENTS = 1_000_000  # of a matrix from all units and taps to the sizes of all dimensions
 
 
 class Part(NamedTuple):
@@ -301,6 +302,7 @@ class MaskedCosts:
         self.place = place
         self.full = torch.tensor(sizes.full, dtype=torch.float64)
         self._on: dict[str, tuple[Tensor, ...]] = {}
+        self._flat_on: dict[str, _OfFlat] = {}
 
     def of(self, masks: MaskSet, flat: FlatMasks, *, discrete: bool) -> dict[str, Tensor]:
         """Name -> cost of the network that these masks leave.
@@ -318,12 +320,14 @@ class MaskedCosts:
     def _of_flat(self, masks: MaskSet) -> _OfFlat:
         """Sizes of forms straight from the flat vector: n = c + M m."""
         device = masks.one.device
-        key = f"flat {device}"
-        if key not in self._on:
+        key = str(device)
+        if key not in self._flat_on:
             constants, matrix, factors, coefficients = self._tensors(device)
-            wide = torch.nn.functional.pad(matrix, (0, 1))[:, masks.axis_of] * masks.count_of
-            self._on[key] = _OfFlat(constants, wide, factors, coefficients)
-        return self._on[key]  # type: ignore[return-value]
+            padded = torch.nn.functional.pad(matrix, (0, 1))
+            is_small = len(matrix) * masks.size <= MOST_ELEMENTS
+            wide = padded[:, masks.axis_of] * masks.count_of if is_small else None
+            self._flat_on[key] = _OfFlat(constants, padded, masks.axis_of, masks.count_of, wide, factors, coefficients)
+        return self._flat_on[key]
 
     def __call__(self, sizes: Tensor) -> Tensor:
         """Every cost, of shape (costs,), from the sizes of the axes, of shape (axes,); differentiable."""
@@ -358,12 +362,32 @@ class MaskedCosts:
 
 
 class _OfFlat(NamedTuple):
-    """n = constants + matrix @ m, cost_k = sum_t coefficients_kt prod_j n[factors_tj]; float64."""
+    """n = constants + M m, cost_k = sum_t coefficients_kt prod_j n[factors_tj]; float64.
+
+    M sums the elements of each axis, and multiplies the sums: ``wide`` is M itself, None where it would be too large.
+    """
 
     constants: Tensor
-    matrix: Tensor
+    of_axes: Tensor
+    axis_of: Tensor
+    count_of: Tensor
+    wide: Tensor | None
     factors: Tensor
     coefficients: Tensor
+
+    def n(self, flat: Tensor) -> Tensor:
+        """The sizes of all forms."""
+        flat = flat.to(torch.float64)
+        if self.wide is not None:
+            return torch.addmv(self.constants, self.wide, flat)
+        sizes = flat.new_zeros(self.of_axes.shape[1]).index_add_(0, self.axis_of, flat * self.count_of)
+        return torch.addmv(self.constants, self.of_axes, sizes)
+
+    def of_flat(self, of_forms: Tensor) -> Tensor:
+        """The gradient of the flat vector, from that of the sizes."""
+        if self.wide is not None:
+            return of_forms @ self.wide
+        return (of_forms @ self.of_axes)[self.axis_of] * self.count_of
 
 
 class _Polynomials(torch.autograd.Function):
@@ -377,15 +401,15 @@ class _Polynomials(torch.autograd.Function):
         # On ctx itself, where it stays: each cost of a step may be differentiated on its own.
         ctx.of_flat, ctx.leads = of_flat, leads.detach()
         ctx.set_materialize_grads(False)
-        n = torch.addmv(of_flat.constants, of_flat.matrix, hard.to(torch.float64))
-        return (of_flat.coefficients @ n[of_flat.factors].prod(1)).unbind()
+        return (of_flat.coefficients @ of_flat.n(hard)[of_flat.factors].prod(1)).unbind()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        constants, matrix, factors, coefficients = ctx.of_flat
+        of_flat: _OfFlat = ctx.of_flat
+        constants, factors = of_flat.constants, of_flat.factors
         given = [constants.new_zeros(()) if gradient is None else gradient for gradient in gradients]
-        n = torch.addmv(constants, matrix, ctx.leads.to(torch.float64))[factors]
-        of_factors = (n.prod(1) * (torch.stack(given) @ coefficients))[:, None] / n
+        n = of_flat.n(ctx.leads)[factors]
+        of_factors = (n.prod(1) * (torch.stack(given) @ of_flat.coefficients))[:, None] / n
         of_forms = torch.zeros_like(constants).index_add_(0, factors.flatten(), of_factors.flatten())
-        return None, (of_forms @ matrix).to(ctx.leads.dtype), None
+        return None, of_flat.of_flat(of_forms).to(ctx.leads.dtype), None
