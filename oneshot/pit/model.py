@@ -346,15 +346,19 @@ class PIT(SearchModel):
         for renumber in (True,) if masked.space.as_graph else (True, False):
             small = cut_network(masked.space, masked.masks, masked.network, renumber=renumber, rewriter=rewriter)
             try:
-                with NoDropout():  # which some networks have in eval mode too
-                    for args in examples or ():
-                        check_equal(masked, small, args, "the exported network", seed=0)
+                masked._compare(small, examples or ())
             except ExportError as error:
                 failure = failure or error
                 continue
             return small
         assert failure is not None
         raise ExportError(f"{failure}. {masked._copy()._differing(examples or ())}") from failure
+
+    def _compare(self, small: nn.Module, examples: Sequence[Sequence[Any]]) -> None:
+        """ExportError unless a cut of this network computes what it does."""
+        with NoDropout():  # which some networks have in eval mode too
+            for args in examples:
+                check_equal(self, small, args, "the exported network", seed=0)
 
     def _copy(self) -> PIT:
         copy_of_self = copied(self)
@@ -372,8 +376,7 @@ class PIT(SearchModel):
             self.decide({**full, label: arch[label]})
             small = cut_network(self.space, self.masks, self.network, rewriter=self._rewriter())
             try:
-                for args in examples:
-                    check_equal(self, small, args, "the exported network", seed=0)
+                self._compare(small, examples)
             except ExportError:
                 guilty.append(label)
         if not guilty:
