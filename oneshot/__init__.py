@@ -48,6 +48,7 @@ from .mutables import set_sampler as set_sampler
 from .mutables import weight_parameters as weight_parameters
 from .pit import PIT as PIT
 from .pit import PITReport as PITReport
+from .pit import SuperNet as SuperNet
 from .trainers import PITTrainer as PITTrainer
 from .trainers import ProxylessTrainer as ProxylessTrainer
 from .trainers import Trainer as Trainer

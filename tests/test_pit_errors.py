@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from oneshot import PIT, CostSpec, LayerChoice, PITTrainer, accuracy
+from oneshot import PIT, CostSpec, PITTrainer, accuracy
 from oneshot.data import digits
 from oneshot.errors import (
     ConfigurationError,
@@ -54,12 +54,6 @@ def network() -> nn.Sequential:
 def test_wrong_arguments(make: Callable[[], Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         make()
-
-
-def test_choices_inside_are_refused() -> None:
-    space = nn.Sequential(nn.Linear(4, 6), LayerChoice([nn.ReLU(), nn.Tanh()]), nn.Linear(6, 2))
-    with pytest.raises(UnsupportedModelError, match="1 is a LayerChoice"):
-        PIT(space, (4,))
 
 
 def test_a_cost_that_was_not_asked_for() -> None:

@@ -241,12 +241,13 @@ def count(
 
 
 class Counted(NamedTuple):
-    """A layer that is due, with the call it is due for; None: it is due once, and never called."""
+    """A layer that is due once while any of ``conditions`` holds, for ``call``; None: it is never called."""
 
     path: str
     module: nn.Module
     call: Call | None
     formula: Formula
+    conditions: Sequence[Condition]
 
 
 class CountedLayers(NamedTuple):
@@ -257,19 +258,22 @@ class CountedLayers(NamedTuple):
 
 
 def counted_layers(model: nn.Module, args: Sequence[Any], spec: CostSpec, ignore: Ignored = ()) -> CountedLayers:
-    """What ``count`` would charge in a network without choices, before any formula is evaluated; its errors."""
+    """What ``count`` would charge, before any formula is evaluated; its errors."""
     counter = _Counter(model, spec, ignore)
     with _plain_operators():
         calls, operations = trace_operations(model, one_sample(model, args), counter.is_unit, counter.is_wanted)
     if spec.per_call:
-        due: list[tuple[str, nn.Module, Call | None]] = [
-            (call.path, call.module, call) for call in calls if id(call.module) not in counter.ignored
+        due: list[tuple[str, nn.Module, Call | None, Sequence[Condition]]] = [
+            (call.path, call.module, call, [call.when]) for call in calls if id(call.module) not in counter.ignored
         ]
         for operation in operations:
             counter.of_operation(operation)
     else:
-        due = [(path, module, own[0] if own else None) for path, module, own, _ in counter.due_once(calls)]
-    layers = tuple(Counted(path, module, call, counter.formula(path, module, call)[1]) for path, module, call in due)
+        due = [(path, module, own[0] if own else None, when) for path, module, own, when in counter.due_once(calls)]
+    layers = tuple(
+        Counted(path, module, call, counter.formula(path, module, call)[1], conditions)
+        for path, module, call, conditions in due
+    )
     units = {path for path, module in model.named_modules() if counter.is_unit(module)}
 
     def is_outside(path: str, operator: str) -> bool:

@@ -20,7 +20,7 @@ from ..mutables import InputChoice, LayerChoice, Mutable, OnePath, Repeat, decis
 from ..mutables.base import SearchModel
 from .arch import ArchFile, ArchSource, choices_of
 
-__all__ = ["as_graph", "check_equal", "fixed", "load_fixed", "verified_fixed"]
+__all__ = ["as_graph", "check_equal", "fixed", "load_fixed", "verified_fixed", "without_choices"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _LOOSE = 2e-2  # of half precision
@@ -117,6 +117,14 @@ def _file_of_context(model: nn.Module) -> ArchFile:
             f"{list(known) or 'this model'} is not. Pass the arch: fixed(model, path)"
         )
     return ArchFile(context.arch, context.space, context.source)
+
+
+def without_choices(model: nn.Module, choices: Mapping[str, int]) -> nn.Module:
+    """A copy of the network in which every mutable is the option ``choices[label]``; the other options are not copied.
+
+    ``fixed`` for options by index, and for networks that no arch file belongs to.
+    """
+    return _strip(model, choices)[0]
 
 
 def _strip(model: nn.Module, choices: Mapping[str, int]) -> tuple[nn.Module, dict[int, Any]]:

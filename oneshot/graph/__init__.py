@@ -13,6 +13,7 @@ from .trace import Operation as Operation
 from .trace import evaluated as evaluated
 from .trace import intersect as intersect
 from .trace import parameter_conditions as parameter_conditions
+from .trace import tensor_conditions as tensor_conditions
 from .trace import tensors_of as tensors_of
 from .trace import trace_calls as trace_calls
 from .trace import trace_operations as trace_operations

@@ -7,6 +7,7 @@ Every index of every dimension of every parameter is labelled, the operators of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -20,9 +21,10 @@ from .dimension_rules import Given, is_product, rule_for
 from .labels import Label, Labelled, Labels, dims_of
 from .operators import Junction, Operator, Program
 from .pieces import never_empty
+from .trace import Condition
 from .units import Atoms
 
-__all__ = ["Dimension", "Dimensions", "Group", "Number", "find_dimensions"]
+__all__ = ["Dimension", "Dimensions", "Group", "Number", "Widened", "find_dimensions"]
 
 
 class Dimension(NamedTuple):
@@ -74,11 +76,30 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Widened:
+    """A choice, ``label``, between outputs of different ``widths`` (option -> size along ``dim``), padded to one width.
+
+    ``labels``: of the result, that vary along ``dim``.
+    """
+
+    label: str
+    when: Condition
+    widths: Mapping[int, int]
+    dim: int
+    labels: tuple[Label, ...]
+
+    def lacking(self, place: int) -> frozenset[int]:
+        """The options whose output has no such index."""
+        return frozenset(option for option, width in self.widths.items() if width <= place)
+
+
+@dataclass(frozen=True)
 class Dimensions:
     """What was found: groups that may be cut, and why other dimensions may not.
 
     ``numbers``: sizes that the code of a network hands to operators. ``unit_of``: atom -> its unit, counted through the
-    groups, or -1. ``products``: what multiplies and sums, in the first program.
+    groups, or -1. ``products``: what multiplies and sums, in the first program. ``widened``: choices between outputs of
+    different widths.
     """
 
     groups: tuple[Group, ...]
@@ -86,6 +107,7 @@ class Dimensions:
     numbers: tuple[Number, ...]
     unit_of: Atoms
     products: tuple[Product, ...] = ()
+    widened: tuple[Widened, ...] = ()
 
     def renumbered(self, kept: Mapping[str, Tensor]) -> dict[str, dict[int, int]]:
         """Path -> number -> the same number once only the ``kept`` units (group label -> flags) are left.
@@ -147,6 +169,7 @@ class Finder:
         self.of_name: dict[str, Labelled] = {}
         self.numbers: list[Number] = []
         self.products: list[Product] = []
+        self.widened: list[Widened] = []
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() or tensor.is_complex():
                 self.of_name[name] = self._labelled(name, tensor)
@@ -205,8 +228,29 @@ class Finder:
         return [*results, *(Labelled(value.shape) for value in step.outputs[len(results) :])]
 
     def _joined(self, step: Junction, known: Mapping[int, Labelled], program: Program) -> list[Labelled]:
-        ways = [known.get(n, Labelled(program.values[n].shape)) for n in dict.fromkeys(step.options.values())]
-        return [self.labels.pointwise(ways, f"a choice, {step.label}")]
+        shape = program.values[step.output].shape
+        ways = {n: known.get(n, Labelled(program.values[n].shape)) for n in step.options.values()}
+        differing = [d for d, n in enumerate(shape) if any(way.shape[d] != n for way in ways.values())]
+        widths = {k: ways[n].shape[d] for d in differing for k, n in step.options.items()}
+        for d in differing:
+            ways = {n: self._padded(way, d, shape[d]) for n, way in ways.items()}
+        joined = self.labels.pointwise(list(ways.values()), f"a choice, {step.label}")
+        for d in differing:
+            along = tuple(label for label in joined.labels if d in dims_of(label))
+            self.widened.append(Widened(step.label, step.when, widths, d, along))
+        return [joined]
+
+    def _padded(self, way: Labelled, dim: int, width: int) -> Labelled:
+        """Zeros behind the indices of ``dim``: units of nothing, until they meet those of a wider option."""
+        found = []
+        for label in way.labels:
+            if dim in dims_of(label) and label.shape[dim] < width:
+                shape = [width - n if d == dim else n for d, n in enumerate(label.shape)]
+                new = torch.from_numpy(self.labels.units.fresh(math.prod(shape))).reshape(shape)
+                label = torch.cat([label, new], dim)
+            found.append(label)
+        shape_after = tuple(width if d == dim else n for d, n in enumerate(way.shape))
+        return Labelled(shape_after, tuple(found), fixed=way.fixed)
 
     def freeze(self, dimension: Dimension, reason: str) -> None:
         if dimension in self.names:
@@ -240,7 +284,12 @@ class Finder:
         searchable = {d for group in found for d in group.members}
         left = {d: why for d, why in frozen.items() if d not in searchable}
         return Dimensions(
-            tuple(found), left, tuple(self.numbers), unit_of[units.roots(np.arange(len(unit_of)))], tuple(self.products)
+            tuple(found),
+            left,
+            tuple(self.numbers),
+            unit_of[units.roots(np.arange(len(unit_of)))],
+            tuple(self.products),
+            tuple(self.widened),
         )
 
     def _frozen(self) -> dict[Dimension, str]:

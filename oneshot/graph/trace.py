@@ -28,6 +28,7 @@ __all__ = [
     "evaluated",
     "intersect",
     "parameter_conditions",
+    "tensor_conditions",
     "tensors_of",
     "trace_calls",
     "trace_operations",
@@ -261,13 +262,19 @@ def parameter_conditions(model: nn.Module) -> list[tuple[nn.Parameter, list[Cond
 
     It is there when any of the conditions holds: a module that stands in two places has two of them.
     """
+    found = tensor_conditions(model)
+    return [(tensor, conditions) for tensor, conditions in found if isinstance(tensor, nn.Parameter)]
+
+
+def tensor_conditions(model: nn.Module) -> list[tuple[Tensor, list[Condition]]]:
+    """``parameter_conditions`` of the buffers too, after the parameters of their module."""
     children = _children_of(model)
-    conditions: dict[int, tuple[nn.Parameter, list[Condition]]] = {}
+    conditions: dict[int, tuple[Tensor, list[Condition]]] = {}
 
     def visit(module: nn.Module, when: Condition) -> None:
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not (isinstance(module, Mutable) and name == "alpha"):
-                conditions.setdefault(id(parameter), (parameter, []))[1].append(when)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not (isinstance(module, Mutable) and name == "alpha"):
+                conditions.setdefault(id(tensor), (tensor, []))[1].append(when)
         if id(module) not in children:
             for inner in module.children():
                 visit(inner, when)

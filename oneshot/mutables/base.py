@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from .samplers import Gate, Sampler, Softmax
 __all__ = [
     "AlphaModule",
     "Decision",
+    "Entering",
     "FixedContext",
     "Mutable",
     "SearchModel",
@@ -34,6 +36,13 @@ __all__ = [
     "unlabelled",
     "weight_parameters",
 ]
+
+
+Entering = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def _nothing(module: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass
@@ -95,9 +104,10 @@ class Mutable(AlphaModule, ABC):
 
     ``alpha``: shape (n,), one logit per option, zero (so uniform) at the start and kept in at least fp32.
     ``sampler`` and ``drawn`` are transient: set by a trainer or by ``set_sampler`` and ``draw``, never saved
-    in the ``state_dict``. A mutable that was built under ``fixed_arch`` is ``decided``: it has no alpha and
-    holds its chosen option only. ``left_out``: path below it -> signature of the mutables without a label that
-    it dropped with the other options.
+    in the ``state_dict``. So is ``entering``: what a network around it wants done around every call of one of its
+    options, given its module; also of a call in the backward pass. A mutable that was built under ``fixed_arch`` is
+    ``decided``: it has no alpha and holds its chosen option only. ``left_out``: path below it -> signature of the
+    mutables without a label that it dropped with the other options.
     """
 
     def __init__(self, options: Sequence[Hashable], label: str | None) -> None:
@@ -109,6 +119,7 @@ class Mutable(AlphaModule, ABC):
         self.sampler: Sampler = Softmax()
         self.drawn: Any = None
         self.alpha_at_draw: Tensor | None = None
+        self.entering: Entering = _nothing
         self.context = current_fixed_arch.get()
         self.decided: int | None = None
         self.left_out: dict[str, tuple[Hashable, ...]] = {}
@@ -143,6 +154,10 @@ class Mutable(AlphaModule, ABC):
     @abstractmethod
     def signature(self) -> tuple[Hashable, ...]:
         """What is offered under which name, JSON-ready; the same for all mutables of one label."""
+
+    def alone(self) -> None:
+        """No network around it wants anything done around its options."""
+        self.entering = _nothing
 
     def gate(self) -> Gate:
         """The gate of this forward."""

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ArchMismatchError, ConfigurationError
 from .base import Mutable, unlabelled
 from .gating import combine
+from .padding import Padding
 
 __all__ = ["LayerChoice"]
 
@@ -22,7 +23,8 @@ class LayerChoice(Mutable):
     ``candidates``: a list (decisions are indices) or a mapping (decisions are names) of modules. They may
     differ in anything but the shape of their output; they may hold choices themselves, and need no parameters
     (``nn.Identity()`` is a skip). All positional and keyword inputs are handed on as they come.
-    ``label``: mutables of one label share one decision; None means the path of the module in its model.
+    ``label``: mutables of one label share one decision; None means the path of the module in its model. ``padding``:
+    zeros behind the outputs of narrower candidates, which only a ``SuperNet`` or ``PIT`` gives its copy.
 
     A candidate that does not run in a step is not touched: no gradient, no BatchNorm statistics. The output shares
     no memory with the inputs, also where the candidate passes them on, so that what follows may work in place.
@@ -41,6 +43,7 @@ class LayerChoice(Mutable):
         by_name = isinstance(candidates, Mapping | nn.ModuleDict)
         super().__init__(names if by_name else range(len(names)), label)
         self.by_name = by_name
+        self.padding: Padding | None = None
         self._signature = tuple((name, _kind(named[name], deep=not by_name)) for name in names)
         self._decide()
         kept = named if self.decided is None else {names[self.decided]: named[names[self.decided]]}
@@ -64,14 +67,19 @@ class LayerChoice(Mutable):
         inputs = [leaves[i] for i in places]
         # Kept for the backward pass without the tensors, which autograd saves, and may save elsewhere or not at all.
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        entering, padding = self.entering, self.padding
 
         def evaluate(k: int, tensors: Sequence[Tensor]) -> Any:
             filled = list(others)
             for i, tensor in zip(places, tensors, strict=True):
                 filled[i] = tensor
             args, kwargs = pytree.tree_unflatten(filled, tree)
-            return candidates[k](*args, **kwargs)
+            with entering(candidates[k]):
+                output = candidates[k](*args, **kwargs)
+            return output if padding is None else padding(output)
 
+        if padding is not None and not padding.is_known:
+            padding.learn([evaluate(k, inputs) for k in range(len(candidates))])
         return combine(self.gate(), evaluate, inputs, self._candidate)
 
     def index_of(self, decision: Any, where: str) -> int:

@@ -53,13 +53,13 @@ class Repeat(Mutable):
             for block in self.blocks:
                 x = block(x)
             return x
-        prefix = [x]
+        prefix, entering = [x], self.entering
 
         # The prefix belongs to this forward: the inputs handed in are x again, and need not be computed from.
         def evaluate(k: int, inputs: Sequence[Tensor]) -> Tensor:
             while len(prefix) <= low + k:
                 i = len(prefix) - 1
-                with unchanged(prefix[low:], f"block {i} of {self.describe()}"):
+                with unchanged(prefix[low:], f"block {i} of {self.describe()}"), entering(self.blocks[i]):
                     prefix.append(self.blocks[i](prefix[i]))
             return prefix[low + k]
 

@@ -77,11 +77,15 @@ class Sampler(ABC):
 class Softmax(Sampler):
     """Mixture of all options: y = sum_k softmax(alpha / T)_k o_k(x). Source: DARTS, arXiv 1806.09055, eq. 2.
 
+    ``hard``: the option with the largest alpha runs with weight 1, the others only for the gradient of their own
+    weight, and alpha has the gradient of the soft weights (straight through).
+
     >>> Softmax(temperature=2.0).gate(torch.tensor([0.0, 2 * math.log(3.0)]), None).weights
     tensor([0.2500, 0.7500])
     """
 
     temperature: float = 1.0
+    hard: bool = False
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
@@ -90,8 +94,11 @@ class Softmax(Sampler):
         return None
 
     def gate(self, alpha: Tensor, drawn: Any) -> Gate:
-        every = tuple(range(alpha.numel()))
-        return Gate(self.probabilities(alpha, drawn), every, every)
+        soft, every = self.probabilities(alpha, drawn), tuple(range(alpha.numel()))
+        if not self.hard:
+            return Gate(soft, every, every)
+        best = first_argmax(alpha.detach().tolist())
+        return Gate(_straight_through(soft, best), every, (best,))
 
     def probabilities(self, alpha: Tensor, drawn: Any) -> Tensor:
         return F.softmax(alpha / self.temperature, dim=0)

@@ -1,4 +1,5 @@
-"""PIT: masks over the channels, kernels and dilations of any network."""
+"""Networks under search: masks over channels, kernels and dilations, choices between layers, or both."""
 
 from .model import PIT as PIT
 from .report import PITReport as PITReport
+from .supernet import SuperNet as SuperNet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import FrameType
@@ -18,17 +18,30 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..cost.counts import one_sample
 from ..errors import ConfigurationError, UnsupportedModelError
+from ..graph import evaluated
 from ..graph.cut import copied
 from ..graph.dimensions import Dimension, Dimensions, Group, find_dimensions
 from ..graph.fx_graph import graph_of
 from ..graph.operators import Program, trace_operators
+from ..mutables import EveryPath, LayerChoice, arch_parameters
 from ..mutables.masked import MASKED_LAYERS, placed_masks, plain_layer
 from ..mutables.masks import ChannelMask, Mask
+from ..mutables.padding import Padding
 from .axes import ChannelAxis, kernel_axes
+from .presence import presence_of
 from .search_space import SearchSpace
-from .trial import NoDropout, confirmed
+from .trial import NoDropout, check_widths, confirmed
 
-__all__ = ["Found", "Granularity", "PlacedMasks", "Plan", "find_space", "searched_weights", "take_masks"]
+__all__ = [
+    "Found",
+    "Granularity",
+    "PlacedMasks",
+    "Plan",
+    "find_space",
+    "learn_widths",
+    "searched_weights",
+    "take_masks",
+]
 
 Granularity = int | Mapping[str, int]
 Excluded = str | type[nn.Module] | Sequence[str | type[nn.Module]]
@@ -96,6 +109,19 @@ class Found(NamedTuple):
     own: Mapping[str, Mask]
 
 
+def learn_widths(network: nn.Module, args: Sequence[Any]) -> None:
+    """Let the choices of a network (a copy, of ours) pad outputs of different widths, and none of the others."""
+    choices = [m for m in network.modules() if isinstance(m, LayerChoice) and m.decided is None]
+    for choice in choices:
+        choice.padding = Padding()
+    if choices:
+        with torch.random.fork_rng(devices=[]), evaluated(network, EveryPath()), suppress(Exception):
+            network(*args)  # if it does not run, the trace that follows says why
+    for choice in choices:
+        if choice.padding is not None and not choice.padding.is_needed:
+            choice.padding = None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the user wants searched."""
@@ -158,19 +184,33 @@ def _found(network: nn.Module, args: Sequence[Any], placed: PlacedMasks, plan: P
                 sizes = getattr(masks.get("kernel_mask"), "sizes", kernel.sizes)
                 if sizes != kernel.sizes:
                     raise ConfigurationError(f"the KernelMask of {weight} has sizes {sizes}, its taps {kernel.sizes}")
+    presence = presence_of(found, network)
     channels = [_axis(group, plan.granularity) for group in found.groups]
     gone = {d: excluded[d] for k in kernels for d in k.positions if d in excluded}
     kernels = [k for k in kernels if not any(d in gone for d in k.positions)]
     if not plan.autoconvert:
-        channels = [axis for axis in channels if axis.label in own]
+        channels = [axis for axis in channels if axis.label in own or axis.label in presence]
         kernels = [k for k in kernels if k.kernel_label in own or k.dilation_label in own]
-    weights = {name for name, _ in network.named_parameters()}
+    alphas = {id(alpha) for alpha in arch_parameters(network)}
+    weights = {name for name, parameter in network.named_parameters() if id(parameter) not in alphas}
     frozen = {d: why for d, why in found.frozen.items() if d.name in weights and not _is_kernel(network, d)}
-    space = SearchSpace(tuple(channels), tuple(kernels), {**frozen, **frozen_kernels, **gone}, found, as_graph)
+    space = SearchSpace(
+        tuple(channels), tuple(kernels), {**frozen, **frozen_kernels, **gone}, found, as_graph, presence
+    )
     used = [weights & set(program.parameters.values()) for program in programs]
     in_training = any(names - used[0] for names in used)
     # One sample is enough for a trial, but not for the statistics of a batch.
     space = confirmed(space, network, args if in_training else samples, in_training=in_training)
+    missing = [label for label in presence if label not in space.labels]
+    if missing:
+        of_missing = {d for group in found.groups if group.label in missing for d in group.members}
+        reasons = [why for dimension, why in space.frozen.items() if dimension in of_missing]
+        raise UnsupportedModelError(
+            f"{', '.join({widened.label: '' for widened in found.widened})}: the candidates have outputs of different "
+            f"widths, and the channels of the wider ones cannot be cut: {(reasons or ['nothing sums over them'])[0]}. "
+            "Give the candidates one width"
+        )
+    check_widths(space, network, samples)
     return Found(network, space, own)
 
 

@@ -142,8 +142,9 @@ class MaskSet(nn.Module):
     def clip_(self) -> None:
         """All alphas back into [0, 1]."""
         alphas = self.alphas()
-        torch._foreach_clamp_min_(alphas, 0.0)
-        torch._foreach_clamp_max_(alphas, 1.0)
+        if alphas:
+            torch._foreach_clamp_min_(alphas, 0.0)
+            torch._foreach_clamp_max_(alphas, 1.0)
 
     # ---- the flat vector -----------------------------------------------------------------------------------------
 
@@ -243,6 +244,8 @@ class MaskSet(nn.Module):
 
     def forward(self) -> FlatMasks:
         """The vector, of shape (units + taps + 1,)."""
+        if not self._order:
+            return FlatMasks(self.one, self.one)
         hard, soft = _FlatMasks.apply(self, *self.alphas())
         return FlatMasks(hard, soft)
 

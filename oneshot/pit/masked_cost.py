@@ -2,7 +2,8 @@
 
 A formula that is linear in each size it depends on (parameters, MACs) becomes a sum of products of sizes once, when the
 network is converted: cost = sum_t c_t prod_j n_tj. Any other formula is asked again at every step, with sizes as
-tensors; it is differentiable as far as the formula is.
+tensors; it is differentiable as far as the formula is. In a network with choices every term has the condition under
+which it is due, and its probability P_t as a factor: labels are independent, so that the sum is the expected cost.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,33 +22,41 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from ..cost.counts import Counted, counted_layers
+from ..cost.decode import cost_range
+from ..cost.model import CostModel, Term, terms_of_any
 from ..cost.spec import CostSpec, Formula, LayerSpec, operator_spec, read_layer
-from ..graph import Operation, Value
+from ..graph import Condition, Operation, Value, parameter_conditions
 from ..graph.dimensions import Product
 from .mask_set import FlatMasks, MaskSet
+from .presence import cases
 from .sizes import Form, Sizes
 
-__all__ = ["CostTerms", "MaskedCosts", "parameter_terms", "spec_terms"]
+__all__ = ["CostTerms", "MaskedCosts", "Odds", "parameter_terms", "spec_terms"]
 
 MOST_SIZES = 10  # of one layer, for which 2^10 prices are asked
 MOST_ELEMENTS = 1_000_000  # of a matrix from all units and taps to the sizes of all dimensions
 
 
 class Part(NamedTuple):
-    """coefficient * the product of the sizes of ``forms``."""
+    """coefficient * the product of the sizes of ``forms``, due while ``when`` holds."""
 
     coefficient: float
     forms: tuple[Form, ...]
+    when: Condition = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A layer whose formula is not linear in its sizes: what it is told, and which of it are sizes."""
+    """A layer whose formula is not linear in its sizes: what it is told, and which of it are sizes.
+
+    It is due ``sign`` times while ``when`` holds.
+    """
 
     formula: Formula
-    layer: LayerSpec
     sized: Callable[[Sequence[Any]], LayerSpec]
     forms: tuple[Form, ...]
+    sign: float
+    when: Condition
 
 
 @dataclass(frozen=True)
@@ -63,11 +73,14 @@ def parameter_terms(
     name: str, unit: str, model: nn.Module, sizes: Sizes, weight: Callable[[Tensor], float]
 ) -> CostTerms:
     """sum over the parameters of weight(p) * the product of their sizes, each parameter once."""
+    names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
     parts = []
-    for parameter_name, parameter in model.named_parameters():
-        forms = [sizes.of(parameter_name, d) for d in range(parameter.dim())]
-        constant = math.prod(form.constant for form in forms if not form.parts)
-        parts.append(Part(weight(parameter) * constant, tuple(form for form in forms if form.parts)))
+    for parameter, conditions in parameter_conditions(model):
+        forms = tuple(sizes.of(names[id(parameter)], d) for d in range(parameter.dim()))
+        for sign, when, present in _due(conditions, forms, sizes):
+            constant = math.prod(form.constant for form in present if not form.parts)
+            sized = tuple(form for form in present if form.parts)
+            parts.append(Part(sign * weight(parameter) * constant, sized, when))
     return CostTerms(name, unit, tuple(parts))
 
 
@@ -86,11 +99,22 @@ def spec_terms(
     asked: list[Asked] = []
     for item in counted.layers:
         sized, forms = _sized_layer(item, names, sizes)
-        _add(parts, asked, item.formula, sized, forms, sizes)
+        _add(parts, asked, item.formula, sized, forms, item.conditions, sizes)
     for product in products:
         if spec.per_call and counted.is_outside(product.operator.path, f"aten::{product.operator.name}"):
-            _add(parts, asked, *_sized_product(product, spec, sizes), sizes)
+            _add(parts, asked, *_sized_product(product, spec, sizes), [product.operator.when], sizes)
     return CostTerms(spec.name, spec.unit, tuple(parts), tuple(asked))
+
+
+def _due(
+    conditions: Sequence[Condition], forms: Sequence[Form], sizes: Sizes
+) -> Iterator[tuple[float, Condition, tuple[Form, ...]]]:
+    """What is due once while any condition holds: sign, disjoint condition, and the sizes under it."""
+    axes = {axis for form in forms for axis, _ in form.parts}
+    presence = {axis: sizes.presence[axis] for axis in axes if axis in sizes.presence}
+    for term in terms_of_any(1.0, conditions):
+        for when, absent in cases(term.when, presence, sizes.options):
+            yield term.value, when, tuple(form.without(absent) for form in forms)
 
 
 def _add(
@@ -99,6 +123,7 @@ def _add(
     formula: Formula,
     sized: Callable[[Sequence[Any]], LayerSpec],
     forms: tuple[Form, ...],
+    conditions: Sequence[Condition],
     sizes: Sizes,
 ) -> None:
     """The cost of one layer: in products of sizes if it is linear in each of them."""
@@ -108,16 +133,19 @@ def _add(
 
     low = [form.at(sizes.lowest) for form in forms]
     high = [form.at(sizes.full) for form in forms]
+    coefficients: Coefficients | None = None
     if len(forms) <= MOST_SIZES:
         coefficients = _multilinear(price, low, high)
-        if all(_is_close(_value(coefficients, values), price(values)) for values in _checked(forms, sizes)):
-            parts += [
-                Part(float(c), tuple(form for form, used in zip(forms, places, strict=True) if used))
-                for places, c in coefficients.items()
-                if c
-            ]
-            return
-    asked.append(Asked(formula, sized(high), sized, forms))
+        if not all(_is_close(_value(coefficients, values), price(values)) for values in _checked(forms, sizes)):
+            coefficients = None
+    for sign, when, present in _due(conditions, forms, sizes):
+        if coefficients is None:
+            asked.append(Asked(formula, sized, present, sign, when))
+            continue
+        for places, c in coefficients.items():
+            if c:
+                used = tuple(form for form, is_used in zip(present, places, strict=True) if is_used)
+                parts.append(Part(sign * float(c), used, when))
 
 
 def _checked(forms: Sequence[Form], sizes: Sizes) -> Iterator[list[int]]:
@@ -280,8 +308,20 @@ def _sized_product(
 # --- all costs at once ----------------------------------------------------------------------------------------------
 
 
+class Odds(NamedTuple):
+    """The probabilities of the conditions of ``MaskedCosts``, float64: of those that the costs have, differentiable,
+    and those that weigh the gradients of the masks."""
+
+    of_costs: Tensor
+    of_masks: Tensor
+
+
 class MaskedCosts:
-    """Several costs of one network, from the sizes of its axes: each of them in its unit, float64."""
+    """Several costs of one network, from the sizes of its axes: each of them in its unit, float64.
+
+    cost_k = sum_t c_kt P_t prod_j n_tj, where P_t is the probability of the condition under which term t is due. In
+    what follows ``chances`` are the probabilities of ``conditions``, None for a network without choices.
+    """
 
     def __init__(self, terms: Sequence[CostTerms], sizes: Sizes) -> None:
         self.terms = {of_one.name: of_one for of_one in terms}
@@ -290,31 +330,45 @@ class MaskedCosts:
         used += [form for t in terms for layer in t.asked for form in layer.forms]
         forms = list(dict.fromkeys(used))
         place = {form: 1 + i for i, form in enumerate(forms)}
+        number: dict[Key, int] = {(): 0}
         merged: dict[tuple[int, ...], list[float]] = {}
         most = max((len(part.forms) for of_one in terms for part in of_one.parts), default=0)
         for row, of_one in enumerate(terms):
             for part in of_one.parts:
                 key = tuple(sorted(place[form] for form in part.forms))
-                merged.setdefault((0,) * (most - len(key)) + key, [0.0] * len(terms))[row] += part.coefficient
+                condition = number.setdefault(_key(part.when), len(number))
+                key = (condition, *(0,) * (most - len(key)), *key)
+                merged.setdefault(key, [0.0] * len(terms))[row] += part.coefficient
+            for layer in of_one.asked:
+                number.setdefault(_key(layer.when), len(number))
+        self.conditions: list[Condition] = [dict(key) for key in number]
+        self.number = number
         self.constants, self.matrix = sizes.matrix([Form(1), *forms])
-        self.factors = torch.tensor(list(merged) or [[0] * most], dtype=torch.int64)
+        keys = torch.tensor(list(merged) or [[0] * (1 + most)], dtype=torch.int64)
+        self.condition_of, self.factors = keys[:, 0].contiguous(), keys[:, 1:].contiguous()
         self.coefficients = torch.tensor(list(merged.values()) or [[0.0] * len(terms)], dtype=torch.float64).T
         self.place = place
         self.full = torch.tensor(sizes.full, dtype=torch.float64)
         self._on: dict[str, tuple[Tensor, ...]] = {}
         self._flat_on: dict[str, _OfFlat] = {}
 
-    def of(self, masks: MaskSet, flat: FlatMasks, *, discrete: bool) -> dict[str, Tensor]:
-        """Name -> cost of the network that these masks leave.
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedCosts:
+        return self  # it never changes
 
-        The gradient is that of the cost at the relaxed sizes, or, if ``discrete``, at the sizes themselves.
+    def of(self, masks: MaskSet, flat: FlatMasks, odds: Odds | None, *, discrete: bool) -> dict[str, Tensor]:
+        """Name -> cost of the network that these masks leave, in expectation over its choices.
+
+        The gradient of the masks is that of the cost at the relaxed sizes, or, if ``discrete``, at the sizes
+        themselves; that of the chances is exact.
         """
         leads = flat.hard if discrete else flat.soft
         if any(self.terms[name].asked for name in self.names):
-            surrogate = self(masks.sizes(leads))
-            costs = (surrogate + (self(masks.sizes(flat.hard.detach())) - surrogate).detach()).unbind()
+            of_costs, of_masks = (None, None) if odds is None else odds
+            value = self(masks.sizes(flat.hard.detach()), of_costs)
+            surrogate = self(masks.sizes(leads), None if of_masks is None else of_masks.detach())
+            costs = (value + surrogate - surrogate.detach()).unbind()
         else:
-            costs = _Polynomials.apply(flat.hard, leads, self._of_flat(masks))
+            costs = _Polynomials.apply(flat.hard, leads, *(odds or (None, None)), self._of_flat(masks))
         return dict(zip(self.names, costs, strict=True))
 
     def _of_flat(self, masks: MaskSet) -> _OfFlat:
@@ -322,47 +376,69 @@ class MaskedCosts:
         device = masks.one.device
         key = str(device)
         if key not in self._flat_on:
-            constants, matrix, factors, coefficients = self._tensors(device)
+            constants, matrix, factors, coefficients, condition_of = self._tensors(device)
             padded = torch.nn.functional.pad(matrix, (0, 1))
             is_small = len(matrix) * masks.size <= MOST_ELEMENTS
             wide = padded[:, masks.axis_of] * masks.count_of if is_small else None
-            self._flat_on[key] = _OfFlat(constants, padded, masks.axis_of, masks.count_of, wide, factors, coefficients)
+            self._flat_on[key] = _OfFlat(
+                constants, padded, masks.axis_of, masks.count_of, wide, factors, coefficients, condition_of
+            )
         return self._flat_on[key]
 
-    def __call__(self, sizes: Tensor) -> Tensor:
+    def __call__(self, sizes: Tensor, chances: Tensor | None) -> Tensor:
         """Every cost, of shape (costs,), from the sizes of the axes, of shape (axes,); differentiable."""
-        constants, matrix, factors, coefficients = self._tensors(sizes.device)
+        constants, matrix, factors, coefficients, condition_of = self._tensors(sizes.device)
         n = constants + matrix @ sizes
-        costs = coefficients @ n[factors].prod(1)
-        asked = [self._asked(name, n) for name in self.names]
-        return costs + torch.stack(asked) if any(self.terms[name].asked for name in self.names) else costs
+        products = n[factors].prod(1)
+        costs = coefficients @ (products if chances is None else products * chances[condition_of])
+        if not any(of_one.asked for of_one in self.terms.values()):
+            return costs
+        return costs + torch.stack([self._asked(name, n, chances) for name in self.names])
 
-    def _asked(self, name: str, n: Tensor) -> Tensor:
+    def _asked(self, name: str, n: Tensor, chances: Tensor | None) -> Tensor:
         total = torch.zeros((), dtype=n.dtype, device=n.device)
         for layer in self.terms[name].asked:
-            values = [n[self.place[form]] for form in layer.forms]
-            total = total + layer.formula(layer.sized(values))
+            value = layer.sign * layer.formula(layer.sized([n[self.place[form]] for form in layer.forms]))
+            total = total + (value if chances is None else value * chances[self.number[_key(layer.when)]])
         return total
 
     def _tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         key = str(device)
         if key not in self._on:
-            held = (self.constants, self.matrix, self.factors, self.coefficients)
+            held = (self.constants, self.matrix, self.factors, self.coefficients, self.condition_of)
             self._on[key] = tuple(tensor.to(device) for tensor in held)
         return self._on[key]
 
     def unit(self, name: str) -> str:
         return self.terms[name].unit
 
-    def reachable(self, masks: MaskSet) -> dict[str, tuple[float, float]]:
-        """Name -> the cost with the smallest masks that learning can lead to, and with all of the network."""
+    @torch.no_grad()
+    def at(self, sizes: Tensor, model: nn.Module) -> dict[str, CostModel]:
+        """Name -> cost of every architecture of ``model`` in its choices, where its axes have these sizes."""
+        every = torch.eye(len(self.conditions), dtype=torch.float64, device=sizes.device)
+        values = torch.stack([self(sizes, chances) for chances in every]).tolist()
+        found = {}
+        for i, name in enumerate(self.names):
+            terms = [Term(values[j][i], when) for j, when in enumerate(self.conditions) if values[j][i]]
+            found[name] = CostModel(name, self.unit(name), terms, model)
+        return found
+
+    def reachable(self, masks: MaskSet, model: nn.Module) -> dict[str, tuple[float, float]]:
+        """Name -> the smallest cost, with the smallest masks that learning can lead to, and the largest one."""
         lowest = torch.tensor(masks.lowest(learning=True), dtype=torch.float64)
-        low, high = self(lowest).tolist(), self(self.full).tolist()
-        return {name: (low[i], high[i]) for i, name in enumerate(self.names)}
+        low, high = self.at(lowest, model), self.at(self.full, model)
+        return {name: (cost_range(low[name])[0], cost_range(high[name])[1]) for name in self.names}
+
+
+Key = tuple[tuple[str, frozenset[int]], ...]
+
+
+def _key(when: Condition) -> Key:
+    return tuple(sorted(when.items(), key=lambda item: item[0]))
 
 
 class _OfFlat(NamedTuple):
-    """n = constants + M m, cost_k = sum_t coefficients_kt prod_j n[factors_tj]; float64.
+    """n = constants + M m, cost_k = sum_t coefficients_kt P[condition_of_t] prod_j n[factors_tj]; float64.
 
     M sums the elements of each axis, and multiplies the sums: ``wide`` is M itself, None where it would be too large.
     """
@@ -374,6 +450,7 @@ class _OfFlat(NamedTuple):
     wide: Tensor | None
     factors: Tensor
     coefficients: Tensor
+    condition_of: Tensor
 
     def n(self, flat: Tensor) -> Tensor:
         """The sizes of all forms."""
@@ -391,17 +468,23 @@ class _OfFlat(NamedTuple):
 
 
 class _Polynomials(torch.autograd.Function):
-    """cost_k = sum_t c_kt prod_j n_tj with n = c + M m, at one flat vector m, with the gradient at another one.
+    """cost_k = sum_t c_kt P_t prod_j n_tj with n = c + M m, at one flat vector m, with the gradient at another one.
 
-    dcost_k/dm = sum_t c_kt sum_j (prod_{i != j} n_ti) M[place of j in t]. No size is ever 0: something stays of each.
+    dcost_k/dm = sum_t c_kt P_t sum_j (prod_{i != j} n_ti) M[place of j in t]. No size is ever 0: something stays of
+    each. dcost_k/dP_t = c_kt prod_j n_tj, at the first vector. ``led``: P in dcost/dm.
     """
 
     @staticmethod
-    def forward(ctx: Any, hard: Tensor, leads: Tensor, of_flat: _OfFlat) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hard: Tensor, leads: Tensor, chances: Tensor | None, led: Tensor | None, of_flat: _OfFlat
+    ) -> tuple[Tensor, ...]:
         # On ctx itself, where it stays: each cost of a step may be differentiated on its own.
         ctx.of_flat, ctx.leads = of_flat, leads.detach()
         ctx.set_materialize_grads(False)
-        return (of_flat.coefficients @ of_flat.n(hard)[of_flat.factors].prod(1)).unbind()
+        products = of_flat.n(hard)[of_flat.factors].prod(1)
+        ctx.products, ctx.led = products, None if led is None else led.detach()
+        due = products if chances is None else products * chances[of_flat.condition_of]
+        return (of_flat.coefficients @ due).unbind()
 
     @staticmethod
     @once_differentiable
@@ -409,7 +492,14 @@ class _Polynomials(torch.autograd.Function):
         of_flat: _OfFlat = ctx.of_flat
         constants, factors = of_flat.constants, of_flat.factors
         given = [constants.new_zeros(()) if gradient is None else gradient for gradient in gradients]
+        of_terms = torch.stack(given) @ of_flat.coefficients
+        of_chances = None
+        if ctx.needs_input_grad[2]:
+            of_chances = torch.zeros_like(ctx.led).index_add_(0, of_flat.condition_of, of_terms * ctx.products)
+        if not ctx.needs_input_grad[1]:
+            return None, None, of_chances, None, None
         n = of_flat.n(ctx.leads)[factors]
-        of_factors = (n.prod(1) * (torch.stack(given) @ of_flat.coefficients))[:, None] / n
+        due = of_terms if ctx.led is None else of_terms * ctx.led[of_flat.condition_of]
+        of_factors = (n.prod(1) * due)[:, None] / n
         of_forms = torch.zeros_like(constants).index_add_(0, factors.flatten(), of_factors.flatten())
-        return None, of_flat.of_flat(of_forms).to(ctx.leads.dtype), None
+        return None, of_flat.of_flat(of_forms).to(ctx.leads.dtype), of_chances, None, None

@@ -6,8 +6,8 @@ trial asks, and what every export is checked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -16,8 +16,10 @@ from ..graph.cut import cut
 from ..graph.dimensions import Dimension, Dimensions
 from ..graph.masked_call import masked_call, names_of_parameters
 from ..graph.rewrite import Rewriter
+from ..mutables import LayerChoice
 from .axes import ChannelAxis, KernelAxis
 from .mask_set import MaskSet
+from .presence import Presence
 
 __all__ = ["SearchSpace"]
 
@@ -26,7 +28,8 @@ __all__ = ["SearchSpace"]
 class SearchSpace:
     """The axes of a network. ``frozen``: dimension -> why it is not searched.
 
-    ``as_graph``: the network is a ``torch.fx`` graph, and a cut changes the numbers of its code.
+    ``as_graph``: the network is a ``torch.fx`` graph, and a cut changes the numbers of its code. ``presence``: of the
+    axes that only the wider candidates of some choice have, the conditions under which they are there.
     """
 
     channels: tuple[ChannelAxis, ...]
@@ -34,6 +37,10 @@ class SearchSpace:
     frozen: Mapping[Dimension, str]
     found: Dimensions
     as_graph: bool = False
+    presence: Presence = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SearchSpace:
+        return self  # it never changes, and a copy of a network has the same one
 
     @property
     def labels(self) -> list[str]:
@@ -94,13 +101,22 @@ def rewriter_of(space: SearchSpace, model: nn.Module, args: Sequence[Any]) -> Re
 
 
 def cut_network(
-    space: SearchSpace, masks: MaskSet, model: nn.Module, *, renumber: bool = True, rewriter: Rewriter | None = None
+    space: SearchSpace,
+    masks: MaskSet,
+    model: nn.Module,
+    *,
+    renumber: bool = True,
+    rewriter: Rewriter | None = None,
+    absent: Collection[str] = (),
 ) -> nn.Module:
-    """The network without what the masks remove.
+    """The network without what the masks remove, and without the axes ``absent``.
 
     ``renumber``: adapt the sizes in attributes of the user's modules. ``rewriter``: of a graph, ``rewriter_of``.
     """
     flat = masks().hard.detach().cpu() > 0
+    for axis in space.channels:
+        if axis.label in absent:
+            flat[masks.start(axis.label) : masks.start(axis.label) + axis.units] = False
     kept = {dimension: flat[place].nonzero().flatten() for dimension, place in masks.places(shapes_of(model)).items()}
     dilations = {}
     decisions = masks.decisions()
@@ -114,7 +130,11 @@ def cut_network(
         model = rewriter(units)
     elif renumber:
         numbers = _of_modules(model, space.found.renumbered(units))
-    return cut(model, kept, dilations=dilations, numbers=numbers)
+    small = cut(model, kept, dilations=dilations, numbers=numbers)
+    for module in small.modules():
+        if isinstance(module, LayerChoice) and module.padding is not None:
+            module.padding.forget()  # the candidates may have become narrower
+    return small
 
 
 def _of_modules(model: nn.Module, numbers: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:

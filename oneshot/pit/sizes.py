@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..graph.dimensions import Dimension, Dimensions
 from ..graph.labels import Label
 from ..graph.units import Atoms
 from .mask_set import MaskSet
+from .presence import Presence
 
 __all__ = ["Form", "Sizes"]
 
@@ -31,12 +32,29 @@ class Form(NamedTuple):
         """The size of the dimension where the axes have these sizes."""
         return self.constant + sum(count * sizes[axis] for axis, count in self.parts)
 
+    def without(self, absent: Collection[int]) -> Form:
+        """Where these axes are not there."""
+        return self._replace(parts=tuple(part for part in self.parts if part[0] not in absent)) if absent else self
+
 
 class Sizes:
-    """The sizes of all dimensions of a network. Axes are numbered as in ``MaskSet``, those of channels first."""
+    """The sizes of all dimensions of a network. Axes are numbered as in ``MaskSet``, those of channels first.
 
-    def __init__(self, masks: MaskSet, shapes: Mapping[str, tuple[int, ...]], found: Dimensions) -> None:
+    ``presence``: number of an axis that some architectures lack -> conditions under which it is there; ``options``:
+    label of a choice -> number of its options.
+    """
+
+    def __init__(
+        self,
+        masks: MaskSet,
+        shapes: Mapping[str, tuple[int, ...]],
+        found: Dimensions,
+        presence: Presence,
+        options: Mapping[str, int],
+    ) -> None:
         self.shapes, self.unit_of = shapes, found.unit_of
+        self.options = options
+        self.presence = {i: presence[a.label] for i, a in enumerate(masks.channels) if a.label in presence}
         self.full, self.lowest = masks.full(), masks.lowest()
         self.n_axes, self.n_channels = masks.n_axes, len(masks.channels)
         axis_of = masks.axis_of.cpu().numpy()

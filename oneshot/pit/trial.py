@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..errors import OneshotError
+from ..errors import OneshotError, UnsupportedModelError
+from ..export.fixed import without_choices
 from ..graph import evaluated, tensors_of
 from ..graph.cut import copied
+from ..mutables import EveryPath, OnePath, decisions
 from .axes import ChannelAxis
 from .mask_set import MaskSet
+from .presence import holds
 from .search_space import SearchSpace, call_masked, cut_network, rewriter_of
 
-__all__ = ["NoDropout", "confirmed"]
+__all__ = ["NoDropout", "check_widths", "confirmed"]
 
 _ALLOWED = {torch.float64: 1e-10}
 _LOOSE = 1e-3
@@ -74,6 +77,29 @@ def confirmed(
     return space.without(reasons)
 
 
+def check_widths(space: SearchSpace, model: nn.Module, args: Sequence[Any], *, seed: int = 0) -> None:
+    """UnsupportedModelError where zeros behind a narrower output are not the same as an output that ends there.
+
+    Every option of every choice between different widths is taken once, and the network without it compared with the
+    one that pads, with random weights.
+    """
+    if not space.found.widened:
+        return
+    tried = _Trial(space, model, args, seed, (False,))
+    masks = MaskSet(space.channels, space.kernels).to(next(tried.model.parameters()).dtype)
+    for widened in space.found.widened:
+        for option in widened.widths:
+            others = {label: min(options) for label, options in widened.when.items()}
+            choices = {**dict.fromkeys(decisions(tried.model), 0), **others, widened.label: option}
+            failure = tried.failure_of_choices(space, masks, choices)
+            if failure is not None:
+                raise UnsupportedModelError(
+                    f"{widened.label}: its candidates have outputs of different widths, {dict(widened.widths)} "
+                    f"(option: width), and the network of option {option} {failure}. Only a convolution or a linear "
+                    "layer may follow, perhaps after functions that keep zeros. Give the candidates one width"
+                )
+
+
 class _Trial:
     def __init__(
         self, space: SearchSpace, model: nn.Module, args: Sequence[Any], seed: int, modes: Sequence[bool]
@@ -89,7 +115,7 @@ class _Trial:
         wide = copied(model).cpu().double()
         arguments = pytree.tree_map_only(Tensor, _wide, list(args))
         try:
-            with evaluated(wide):
+            with evaluated(wide, EveryPath()):
                 wide(*arguments)
         except Exception:  # noqa: BLE001  (the forward is the user's: anything may be raised by it)
             narrow = copied(model).cpu()
@@ -153,10 +179,27 @@ class _Trial:
             gc.collect()
         return outputs
 
+    def failure_of_choices(self, space: SearchSpace, masks: MaskSet, choices: Mapping[str, int]) -> str | None:
+        """What goes wrong with one network of the choices, where no mask removes anything."""
+        absent = [label for label, presence in space.presence.items() if not holds(presence, choices)]
+        small = cut_network(space, masks, self.model, rewriter=self.rewriter, absent=absent)
+        plain = without_choices(small, choices)
+        with evaluated(self.model), NoDropout():
+            for label, decision in decisions(self.model).items():
+                decision.set_sampler(OnePath(choices[label]))
+            expected = self.model(*_cloned(self.args))
+        try:
+            with evaluated(plain), NoDropout():
+                got = plain(*_cloned(self.args))
+        except Exception as error:  # noqa: BLE001  (the forward is the user's: anything may be raised by it)
+            return f"does not run: {type(error).__name__}: {_first_line(error)}"
+        difference, allowed = relative_difference(expected, got)
+        return None if difference <= allowed else f"computes something else: {difference:.1g} relative"
+
     def _run(self, model: nn.Module, mode: bool, call: Callable[[Sequence[Any]], Any]) -> Any:
         """With the same random numbers and buffers every time; ``mode``: of training."""
         before = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode else []
-        with torch.random.fork_rng(devices=[]), evaluated(model), NoDropout():
+        with torch.random.fork_rng(devices=[]), evaluated(model, EveryPath()), NoDropout():
             torch.manual_seed(0)
             model.train(mode)
             output = call(_cloned(self.args))

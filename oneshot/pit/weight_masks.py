@@ -1,21 +1,29 @@
 """What a training step adds to that of the plain network: masked weights, as one node of the autograd graph.
 
-Written by hand because a small network's step is mostly overhead of single operators: here they are a few for the whole
-network, and one or two for each layer.
+In a network with choices it is one node for what always runs, and one for every candidate that runs: the weights of the
+others are not touched. Written by hand because a small network's step is mostly overhead of single operators: here they
+are a few for the whole network, and one or two for each layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..graph.dimensions import Dimension
+from ..graph.masked_call import names_of_parameters
+from ..mutables import LayerChoice, Mutable, Repeat
 
-__all__ = ["WeightMasks"]
+__all__ = ["MaskedWeights"]
+
+Owner: TypeAlias = tuple[nn.Module, str]
+"""A module, and the name of a parameter or buffer in it."""
 
 
 class WeightMasks(nn.Module):
@@ -63,6 +71,129 @@ class WeightMasks(nn.Module):
     def pieces(self, vector: Tensor) -> list[Tensor]:
         """The long vector, as one mask for each weight."""
         return [piece.view(shape) for piece, shape in zip(vector.split(self.lengths), self.shapes, strict=True)]
+
+
+class Scope(nn.Module):
+    """What runs together: the network outside of choices, or one candidate of a choice, but for choices inside of it.
+
+    ``owners``: of each masked weight the modules that hold it, with its name in them. ``mutables``: the choices inside.
+    """
+
+    def __init__(
+        self, masks: WeightMasks | None, owners: Sequence[Sequence[Owner]], mutables: Sequence[Mutable]
+    ) -> None:
+        super().__init__()
+        self.masks = masks
+        # In tuples: these modules are the network's, and not parts of this one.
+        self.owners, self.mutables = tuple(owners), tuple(mutables)
+
+    def masked(self, hard: Tensor) -> Sequence[Tensor]:
+        if self.masks is None:
+            return ()
+        return self.masks(hard, [getattr(module, leaf) for (module, leaf), *_ in self.owners])
+
+
+class MaskedWeights(nn.Module):
+    """The masked weights of ``network``, put in their places while it runs.
+
+    ``places``: of each masked dimension the elements of the flat vector, ``columns``: those to mask, ``one``: the
+    element that is always 1.
+    """
+
+    def __init__(
+        self, network: nn.Module, places: Mapping[Dimension, Tensor], columns: Sequence[Dimension], one: int
+    ) -> None:
+        super().__init__()
+        names = names_of_parameters(network)
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        self.of_module: dict[nn.Module, Scope] = {}
+        for root, (modules, mutables) in _parts(network).items():
+            owned = {
+                name: [(network.get_submodule(path), leaf) for path, _, leaf in (a.rpartition(".") for a in aliases)]
+                for name, aliases in names.items()
+            }
+            inside = {name: [owner for owner in of_one if owner[0] in modules] for name, of_one in owned.items()}
+            own = [dimension for dimension in columns if inside[dimension.name]]
+            ranks = {name: tensor.dim() for name, tensor in tensors.items()}
+            masks = WeightMasks(places, own, ranks, one) if own else None
+            owners = [inside[name] for name in masks.names] if masks is not None else []
+            if masks is not None or mutables or root is network:
+                self.of_module[root] = Scope(masks, owners, mutables)
+        self.scopes = nn.ModuleList(self.of_module.values())
+        self.entered: set[nn.Module] = set()
+        self.is_running = False
+
+    def ran(self) -> set[str]:
+        """The masked weights of what ran in the last forward with gradient."""
+        scopes = [self.of_module[module] for module in self.entered]
+        return {name for scope in scopes if scope.masks is not None for name in scope.masks.names}
+
+    @contextmanager
+    def entering(self, module: nn.Module, hard: Tensor) -> Iterator[None]:
+        """Inside, the weights of one scope are masked by the flat vector; so are those of choices in it as they run."""
+        scope = self.of_module.get(module)
+        if scope is None:
+            yield
+            return
+        if torch.is_grad_enabled():  # else, in a backward pass, a candidate runs that has no part in the output
+            self.entered = {*self.entered, module} if self.is_running else {module}
+        masked, outside = scope.masked(hard), not self.is_running
+        self.is_running = True
+        try:
+            for mutable in scope.mutables:
+                mutable.entering = partial(self.entering, hard=hard)
+            with _in_place(scope.owners, masked):
+                yield
+        finally:
+            self.is_running = not outside
+            for mutable in scope.mutables:
+                mutable.alone()
+
+
+def _parts(network: nn.Module) -> dict[nn.Module, tuple[set[nn.Module], list[Mutable]]]:
+    """The network and all that undecided mutables in it call, each with the modules and mutables of its own."""
+    found: dict[nn.Module, tuple[set[nn.Module], list[Mutable]]] = {}
+
+    def visit(module: nn.Module, root: nn.Module) -> None:
+        modules, mutables = found[root]
+        if module in modules:
+            return
+        modules.add(module)
+        if not isinstance(module, LayerChoice | Repeat) or module.decided is not None:
+            for child in module.children():
+                visit(child, root)
+            return
+        mutables.append(module)
+        for child in module if isinstance(module, LayerChoice) else module.blocks:
+            if child not in found:
+                found[child] = (set(), [])
+                visit(child, child)
+
+    found[network] = (set(), [])
+    visit(network, network)
+    return found
+
+
+@contextmanager
+def _in_place(owners: Sequence[Sequence[Owner]], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Other tensors in the place of parameters: ``torch.func.functional_call``, without looking the names up."""
+    before = [_held(owner, leaf)[leaf] for (owner, leaf), *_ in owners]
+    if any(tensor.grad_fn is not None for tensor in before):
+        raise RuntimeError("a PIT network is called while another call of it runs, in another thread or from inside")
+    try:
+        for places, tensor in zip(owners, tensors, strict=True):
+            for owner, leaf in places:
+                _held(owner, leaf)[leaf] = tensor
+        yield
+    finally:
+        for places, tensor in zip(owners, before, strict=True):
+            for owner, leaf in places:
+                _held(owner, leaf)[leaf] = tensor
+
+
+def _held(owner: nn.Module, leaf: str) -> dict[str, Any]:
+    """Where a module keeps a tensor: in fact in one of two mappings that forward looks at."""
+    return owner._parameters if leaf in owner._parameters else owner._buffers
 
 
 class _MaskedWeights(torch.autograd.Function):
