@@ -37,6 +37,7 @@ from .mutables import MaskedConv2d as MaskedConv2d
 from .mutables import MaskedConv3d as MaskedConv3d
 from .mutables import MaskedLinear as MaskedLinear
 from .mutables import OnePath as OnePath
+from .mutables import PITSuperNetModule as PITSuperNetModule
 from .mutables import Repeat as Repeat
 from .mutables import Softmax as Softmax
 from .mutables import UniformPath as UniformPath
@@ -48,6 +49,7 @@ from .mutables import set_sampler as set_sampler
 from .mutables import weight_parameters as weight_parameters
 from .pit import PIT as PIT
 from .pit import PITReport as PITReport
+from .pit import PITSuperNet as PITSuperNet
 from .pit import SuperNet as SuperNet
 from .trainers import PITTrainer as PITTrainer
 from .trainers import ProxylessTrainer as ProxylessTrainer

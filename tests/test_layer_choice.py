@@ -106,7 +106,7 @@ def test_a_list_has_indices_and_a_mapping_names() -> None:
         ([], "at least one"),
         ({}, "at least one"),
         (nn.Identity(), "a list or a mapping"),
-        ([nn.Identity(), F.relu], "candidate '1' is a function"),
+        ([nn.Identity(), lambda x: x], "candidate '1' is a function"),
         ({"a": nn.Identity, "b": nn.Identity()}, "candidate 'a' is a type"),
         ({"a": None}, "candidate 'a' is a NoneType"),
         ({1: nn.Identity()}, "must be strings"),

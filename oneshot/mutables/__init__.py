@@ -27,3 +27,5 @@ from .samplers import OnePath as OnePath
 from .samplers import Sampler as Sampler
 from .samplers import Softmax as Softmax
 from .samplers import UniformPath as UniformPath
+
+PITSuperNetModule = LayerChoice

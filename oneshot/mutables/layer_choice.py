@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, final
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, final
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ArchMismatchError, ConfigurationError
@@ -15,14 +15,18 @@ from .padding import Padding
 
 __all__ = ["LayerChoice"]
 
+Candidate: TypeAlias = nn.Module | Callable[[Tensor], Tensor]
+Candidates: TypeAlias = Sequence[Candidate] | Mapping[str, Candidate] | nn.ModuleDict
+
 
 @final
 class LayerChoice(Mutable):
     """One of ``candidates``, decided by search: y = sum_k w_k candidate_k(x) with the gate w of the sampler.
 
-    ``candidates``: a list (decisions are indices) or a mapping (decisions are names) of modules. They may
-    differ in anything but the shape of their output; they may hold choices themselves, and need no parameters
-    (``nn.Identity()`` is a skip). All positional and keyword inputs are handed on as they come.
+    ``candidates``: a list (decisions are indices) or a mapping (decisions are names) of modules, or of functions of one
+    tensor that have a name (``torch.relu``, not a lambda). They may differ in anything but the shape of their output;
+    they may hold choices themselves, and need no parameters (``nn.Identity()`` is a skip). All positional and keyword
+    inputs are handed on as they come.
     ``label``: mutables of one label share one decision; None means the path of the module in its model. ``padding``:
     zeros behind the outputs of narrower candidates, which only a ``SuperNet`` or ``PIT`` gives its copy.
 
@@ -35,9 +39,7 @@ class LayerChoice(Mutable):
     (torch.Size([2, 4, 8, 8]), ('conv', 'skip'))
     """
 
-    def __init__(
-        self, candidates: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict, label: str | None = None
-    ) -> None:
+    def __init__(self, candidates: Candidates, label: str | None = None) -> None:
         named = _named(candidates, label)
         names = list(named)
         by_name = isinstance(candidates, Mapping | nn.ModuleDict)
@@ -113,9 +115,8 @@ class LayerChoice(Mutable):
         return self.candidates[str(option)]
 
 
-def _named(
-    candidates: Sequence[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict, label: str | None
-) -> dict[str, nn.Module]:
+def _named(candidates: Candidates, label: str | None) -> dict[str, nn.Module]:
+    named: dict[str, Any]
     if isinstance(candidates, Mapping | nn.ModuleDict):
         named = dict(candidates.items())
         if not all(isinstance(name, str) for name in named):
@@ -132,12 +133,26 @@ def _named(
     if not named:
         raise ConfigurationError(f"LayerChoice(label={label!r}): no candidates; at least one is needed")
     for name, candidate in named.items():
-        if not isinstance(candidate, nn.Module):
+        if isinstance(candidate, nn.Module):
+            continue
+        if isinstance(candidate, type) or not callable(candidate) or not _has_name(candidate):
             raise ConfigurationError(
-                f"LayerChoice(label={label!r}): candidate {name!r} is a {type(candidate).__name__}; "
-                "candidates are modules (nn.Identity() for a skip)"
+                f"LayerChoice(label={label!r}): candidate {name!r} is a {type(candidate).__name__}; candidates are "
+                "modules (nn.Identity() for a skip), or functions with a name that is no lambda"
             )
+        named[name] = _of_function(candidate)
     return named
+
+
+def _has_name(function: Callable[..., Any]) -> bool:
+    return getattr(function, "__name__", "").isidentifier()
+
+
+def _of_function(function: Callable[..., Any]) -> fx.GraphModule:
+    """A module that calls it, of no class of this library: what is exported is the same."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"),)))
+    return fx.GraphModule(nn.Module(), graph, class_name=function.__name__)
 
 
 def _kind(module: nn.Module, *, deep: bool) -> Hashable:

@@ -3,3 +3,5 @@
 from .model import PIT as PIT
 from .report import PITReport as PITReport
 from .supernet import SuperNet as SuperNet
+
+PITSuperNet = PIT

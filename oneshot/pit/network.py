@@ -76,7 +76,7 @@ class SearchedNetwork(SearchModel):
         self.network, self.space, own = find_space(self.network, self.example, placed, plan)
         self.choices: dict[str, Decision] = decisions(self.network)
         if not self.space.labels and not self.choices:
-            raise UnsupportedModelError(_nothing(model, self.space))
+            raise UnsupportedModelError(_nothing(model, self.space, plan))
         check_labels(list(self.choices), self.space.labels)
         self.masks = MaskSet(self.space.channels, self.space.kernels, own)
         self._searched = {label for label in self.masks if plan.autoconvert or label in own}
@@ -495,6 +495,11 @@ class SearchedNetwork(SearchModel):
         return found
 
 
-def _nothing(model: nn.Module, space: SearchSpace) -> str:
+def _nothing(model: nn.Module, space: SearchSpace, plan: Plan) -> str:
+    if not plan.autoconvert:
+        return (
+            f"{type(model).__name__} has nothing to search: it holds no LayerChoice, InputChoice or Repeat, and no "
+            "mask was placed in it. PIT(model, ...) searches the widths of any network"
+        )
     reasons = [f"{dimension}: {reason}" for dimension, reason in list(space.frozen.items())[:5]]
     return f"{type(model).__name__} has nothing to search: " + "; ".join(reasons)

@@ -7,7 +7,6 @@ from typing import Any, final
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
 from .arguments import CostArgument, cost_argument
 from .conversion import Plan
 from .network import SearchedNetwork
@@ -63,9 +62,4 @@ class SuperNet(SearchedNetwork):
     ) -> None:
         cost = cost_argument("SuperNet", cost, regularizer)
         self._build(model, input_shape, example_input, Plan((), 1, False), cost, ignore)
-        if not self.choices:
-            raise UnsupportedModelError(
-                f"SuperNet: {type(model).__name__} has nothing to choose: it holds no LayerChoice, InputChoice or "
-                "Repeat. PIT searches the widths of a network without choices"
-            )
         self.update_softmax_options(temperature, gumbel=gumbel_softmax, hard=hard_softmax)
