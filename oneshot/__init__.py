@@ -40,6 +40,7 @@ from .mutables import OnePath as OnePath
 from .mutables import PITSuperNetModule as PITSuperNetModule
 from .mutables import Repeat as Repeat
 from .mutables import Softmax as Softmax
+from .mutables import Temperature as Temperature
 from .mutables import UniformPath as UniformPath
 from .mutables import after_step as after_step
 from .mutables import arch_parameters as arch_parameters
@@ -51,8 +52,14 @@ from .pit import PIT as PIT
 from .pit import PITReport as PITReport
 from .pit import PITSuperNet as PITSuperNet
 from .pit import SuperNet as SuperNet
+from .trainers import DARTSTrainer as DARTSTrainer
+from .trainers import EarlyStop as EarlyStop
+from .trainers import PITSuperNetTrainer as PITSuperNetTrainer
 from .trainers import PITTrainer as PITTrainer
 from .trainers import ProxylessTrainer as ProxylessTrainer
+from .trainers import SuperNetTrainer as SuperNetTrainer
 from .trainers import Trainer as Trainer
+from .trainers import fbnet as fbnet
+from .trainers import gdas as gdas
 
 __version__ = "0.1.0"

@@ -136,7 +136,7 @@ def test_gradient_of_the_masks(target: float | None, slope: float, fraction: flo
     want = torch.tensor([task(m + step[i]) - task(low[i]) for i in range(8)], dtype=torch.float64) / width
     pit.train()
     trainer._prepare()
-    (trainer._mask_step if fraction else trainer._joint_step)((x, y))
+    (trainer._arch_step if fraction else trainer._joint_step)((x, y))
     got = only_mask(pit).grad
     assert got is not None
     live = m > 0
@@ -276,7 +276,7 @@ def test_each_phase_has_its_optimizer_and_scheduler() -> None:
     assert len(masks) == 18
 
 
-@pytest.mark.parametrize("step", ["weight", "mask"])
+@pytest.mark.parametrize("step", ["weight", "arch"])
 def test_a_held_out_part_for_the_masks(conv_pit: PIT, step: str) -> None:
     """Steps alternate; one of the weights leaves the masks, one of the masks the weights and all statistics."""
     trainer = make(conv_pit, arch_fraction=0.25)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import Tiny, digit_data, proxyless, tiny
+from tiny import Tiny, digit_data, gumbel, proxyless, supernet, tiny
 from torch import Tensor, nn
 
 from oneshot import Argmax, Trainer, arch_parameters, fixed, load_fixed, set_sampler, weight_parameters
@@ -20,7 +20,7 @@ from oneshot.export import read_arch
 from oneshot.loggers import read_json_lines
 
 Factory = Callable[..., Trainer]
-TRAINERS: dict[str, Factory] = {"proxyless": proxyless}
+TRAINERS: dict[str, Factory] = {"proxyless": proxyless, "supernet": supernet, "gumbel": gumbel}
 
 
 @pytest.fixture(params=TRAINERS)
@@ -192,7 +192,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 WRONG_AT_TRAIN: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dataset": None}, ConfigurationError, "dataset=None"),
     ({"batch_size": 200}, ConfigurationError, "batch_size"),
-    ({"arch_fraction": 0.0}, ConfigurationError, "fraction"),
+    ({"arch_fraction": -0.1}, ConfigurationError, "fraction"),
     ({"arch_fraction": 1.5}, ConfigurationError, "fraction"),
     ({"arch_dataset": digit_data(10)}, ConfigurationError, "256 samples and arch_dataset 10"),
     ({"loss": lambda output, target: output}, ConfigurationError, "one number"),

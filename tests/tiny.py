@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from oneshot import LabelSmoothingLoss, LayerChoice, ProxylessTrainer, Repeat, accuracy
 from oneshot.data import digits
+from oneshot.trainers.supernet import SuperNetTrainer
 
 WIDTH = 6
 
@@ -50,26 +51,44 @@ def digit_data(n: int = 256) -> TensorDataset:
     return TensorDataset(data.images[:n].float() / 255, data.targets[:n])
 
 
-def proxyless(model: nn.Module, **changes: Any) -> ProxylessTrainer:
-    """A trainer of 1 + 2 epochs with 6 weight steps each and arch steps after every second one."""
-    settings: dict[str, Any] = {
+def common(model: nn.Module) -> dict[str, Any]:
+    """1 + 2 epochs with 6 weight steps each; a fifth of the data is for the alphas."""
+    return {
         "loss": LabelSmoothingLoss(),
         "metrics": lambda output, target: accuracy(output, target, topk=(1, 5)),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3),
         "num_epochs": 2,
         "warmup_epochs": 1,
         "dataset": digit_data(),
+        "arch_fraction": 0.2,
         "batch_size": 32,
         "workers": 0,
         "device": "cpu",
-        "arch_every": 2,
-        "skip_first_epoch": False,
-        "arc_learning_rate": 0.05,
         "cost": "macs",
         "dummy_input": (1, 1, 8, 8),
-        "ref_latency": 10_000,
-        "grad_reg_loss_params": {"lambda": 0.5},
         "log_frequency": 1,
         "progress": False,
     }
-    return ProxylessTrainer(model, **{**settings, **changes})
+
+
+def proxyless(model: nn.Module, **changes: Any) -> ProxylessTrainer:
+    """A trainer with arch steps after every second weight step."""
+    settings: dict[str, Any] = {
+        "arch_every": 2,
+        "skip_first_epoch": False,
+        "arc_learning_rate": 0.05,
+        "ref_latency": 10_000,
+        "grad_reg_loss_params": {"lambda": 0.5},
+    }
+    return ProxylessTrainer(model, **{**common(model), **settings, **changes})
+
+
+def supernet(model: nn.Module, **changes: Any) -> SuperNetTrainer:
+    """A trainer with an arch step after every weight step."""
+    settings: dict[str, Any] = {"strength": 1e-5, "arch_learning_rate": 0.05}
+    return SuperNetTrainer(model, **{**common(model), **settings, **changes})
+
+
+def gumbel(model: nn.Module, **changes: Any) -> SuperNetTrainer:
+    """Likewise, along one path that is drawn in every step."""
+    return supernet(model, **{"sampling": "gumbel", "hard": True, **changes})

@@ -27,5 +27,6 @@ from .samplers import OnePath as OnePath
 from .samplers import Sampler as Sampler
 from .samplers import Softmax as Softmax
 from .samplers import UniformPath as UniformPath
+from .temperature import Temperature as Temperature
 
 PITSuperNetModule = LayerChoice

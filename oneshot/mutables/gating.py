@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -39,27 +40,69 @@ def combine(gate: Gate, evaluate: Evaluate, inputs: Sequence[Tensor], describe: 
         if not learns:
             return _own(output, inputs)
     else:
-        with unchanged(inputs, describe(first)):
+        with unchanged(inputs, partial(describe, first)):
             output = evaluate(first, inputs)
     leaves, tree = pytree.tree_flatten(output)
-    alike = _Alike(tree, _shapes_of(leaves, describe(first)), describe(first))
+    alike = _Alike(tree, leaves, partial(describe, first))
     if len(gate.graph) == 1:
         echoed = _echo(gate, others, leaves, alike, evaluate, inputs, describe)
         return pytree.tree_unflatten(echoed, tree)
-    outputs = [leaves]
+    outputs, read = [leaves], [*inputs, *leaves]
     for k in gate.graph[1:]:
-        with unchanged((inputs, outputs), describe(k)):
+        with unchanged(read, partial(describe, k)):
             output = evaluate(k, inputs)
-        outputs.append(alike.leaves(output, describe(k)))
-    weights = [gate.weights[k] for k in gate.graph]
-    return pytree.tree_unflatten([_sum(weights, column) for column in zip(*outputs, strict=True)], tree)
+        outputs.append(alike.leaves(output, partial(describe, k)))
+        read += outputs[-1]
+    weights = gate.weights if len(gate.graph) == len(gate.weights) else gate.weights[list(gate.graph)]
+    return pytree.tree_unflatten([_mixed(weights, column) for column in zip(*outputs, strict=True)], tree)
 
 
-def _sum(weights: list[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    total = weights[0].to(outputs[0].dtype) * outputs[0]
-    for weight, output in zip(weights[1:], outputs[1:], strict=True):
-        total = total + weight.to(output.dtype) * output
-    return total
+def _mixed(weights: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    dtype = reduce(torch.promote_types, (output.dtype for output in outputs))
+    mixed: Tensor = _Mixture.apply(weights, *(output.to(dtype) for output in outputs))
+    return mixed
+
+
+class _Mixture(torch.autograd.Function):
+    """y = sum_k w_k o_k in one pass over each output; dL/do_k = w_k g, dL/dw_k = <g, o_k>. Differentiable twice.
+
+    As single operators of autograd, the products of the inner products alone would take as long as all the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *outputs: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *outputs)
+        cast = weights.to(outputs[0].dtype)
+        total = outputs[0] * cast[0]
+        for k, output in enumerate(outputs[1:], start=1):
+            total.addcmul_(output, cast[k])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *outputs = ctx.saved_tensors
+        cast = weights.to(gradient.dtype)
+        of_weights = None
+        if ctx.needs_input_grad[0]:
+            of_weights = torch.stack([_inner_product(gradient, output, weights.dtype) for output in outputs])
+        needed = ctx.needs_input_grad[1:]
+        return of_weights, *(gradient * w if n else None for w, n in zip(cast, needed, strict=True))
+
+
+def _inner_product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """<one, other>, in the precision of alpha: a sum in half precision would round it, or overflow."""
+    one, other = one.to(dtype), other.to(dtype)
+    if one.is_contiguous() != other.is_contiguous() or one.stride() != other.stride():
+        return (one * other).sum()
+    # The elements of both lie in one order, whichever it is.
+    flat = [t.flatten() if t.is_contiguous() else t.permute(_order(t)).flatten() for t in (one, other)]
+    return torch.dot(flat[0], flat[1])
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The dimensions as they lie in memory."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda d: -strides[d])
 
 
 def _own(output: Any, inputs: Sequence[Tensor]) -> Any:
@@ -75,35 +118,36 @@ def _own(output: Any, inputs: Sequence[Tensor]) -> Any:
 class _Alike:
     """What the first option returned, and so all of them must: structure and shapes."""
 
-    def __init__(self, tree: pytree.TreeSpec, shapes: list[torch.Size], name: str) -> None:
-        self.tree, self.shapes, self.name = tree, shapes, name
+    def __init__(self, tree: pytree.TreeSpec, leaves: list[Any], name: Callable[[], str]) -> None:
+        self.tree, self.shapes, self.name = tree, _shapes_of(leaves, name), name
+        self.is_tensor = tree.is_leaf()
 
-    def leaves(self, output: Any, name: str) -> list[Tensor]:
+    def leaves(self, output: Any, name: Callable[[], str]) -> list[Tensor]:
         """The tensors of another option in the order of the first one's, whatever the order of its dict."""
         try:
-            leaves = self.tree.flatten_up_to(output)
+            leaves = [output] if self.is_tensor else self.tree.flatten_up_to(output)
         except ValueError as error:
             raise ShapeMismatchError(
-                f"{name} returns another structure than {self.name}: {error}. The candidates of one choice must "
+                f"{name()} returns another structure than {self.name()}: {error}. The candidates of one choice must "
                 "return the same tuples, lists or dicts"
             ) from error
         got = _shapes_of(leaves, name)
         if got != self.shapes:
             raise ShapeMismatchError(
-                f"{name} returns shape {_shapes(got)}, {self.name} returns {_shapes(self.shapes)}: "
+                f"{name()} returns shape {_shapes(got)}, {self.name()} returns {_shapes(self.shapes)}: "
                 "the candidates of one choice must return outputs of one shape"
             )
         return leaves
 
 
-def _shapes_of(leaves: list[Any], name: str) -> list[torch.Size]:
+def _shapes_of(leaves: list[Any], name: Callable[[], str]) -> list[torch.Size]:
     wrong = [x for x in leaves if not (isinstance(x, Tensor) and x.is_floating_point())]
     if leaves and not wrong:
         return [t.shape for t in leaves]
     found = [f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in wrong]
     raise UnsupportedModelError(
-        f"{name} returns {' and '.join(found) or 'no tensor'}, which cannot be weighted and added; a candidate returns "
-        "a tensor of real floating-point numbers, or a tuple, list or dict of them"
+        f"{name()} returns {' and '.join(found) or 'no tensor'}, which cannot be weighted and added; a candidate "
+        "returns a tensor of real floating-point numbers, or a tuple, list or dict of them"
     )
 
 
@@ -113,20 +157,19 @@ def _shapes(shapes: list[torch.Size]) -> str:
 
 
 @contextmanager
-def unchanged(tensors: Any, name: str) -> Iterator[None]:
-    """UnsupportedModelError if the option ``name``, run inside, changes tensors in place that others read."""
+def unchanged(tensors: Sequence[Tensor], name: Callable[[], str]) -> Iterator[None]:
+    """UnsupportedModelError if the option ``name()``, run inside, changes tensors in place that others read."""
     before = _versions(tensors)
     yield
     if before != _versions(tensors):
         raise UnsupportedModelError(
-            f"{name} changes its input in place, and other candidates read the same tensor: "
+            f"{name()} changes its input in place, and other candidates read the same tensor: "
             "begin the candidate with inplace=False"
         )
 
 
-def _versions(tensors: Any) -> list[int]:
-    leaves = [t for t in pytree.tree_leaves(tensors) if isinstance(t, Tensor)]
-    return [0 if t.is_inference() else t._version for t in leaves]
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _echo(
@@ -144,9 +187,9 @@ def _echo(
         pairs = []
         with torch.no_grad(), precision():
             for k in others:
-                with unchanged(saved, describe(k)):
+                with unchanged(saved, partial(describe, k)):
                     again = evaluate(k, saved)
-                pairs.append((k, _inner(gradients, alike.leaves(again, describe(k)), dtype)))
+                pairs.append((k, _inner(gradients, alike.leaves(again, partial(describe, k)), dtype)))
         return pairs
 
     return list(_Echo.apply(gate.weights, gate.graph[0], others_on, len(leaves), *leaves, *inputs))
@@ -177,8 +220,7 @@ class _Echo(torch.autograd.Function):
 
 
 def _inner(gradients: Sequence[Tensor], outputs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """<g, o> in the precision of alpha: a sum in half precision would round it, or overflow."""
-    return torch.stack([(g.to(dtype) * o).sum() for g, o in zip(gradients, outputs, strict=True)]).sum()
+    return torch.stack([_inner_product(g, o, dtype) for g, o in zip(gradients, outputs, strict=True)]).sum()
 
 
 def _autocast_state(device_type: str) -> Callable[[], torch.autocast]:

@@ -64,18 +64,11 @@ class LayerChoice(Mutable):
         candidates = list(self.candidates.values())
         if self.decided is not None:
             return candidates[0](*args, **kwargs)
-        leaves, tree = pytree.tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        inputs = [leaves[i] for i in places]
-        # Kept for the backward pass without the tensors, which autograd saves, and may save elsewhere or not at all.
-        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inputs, refilled = _inputs_of(args, kwargs)
         entering, padding = self.entering, self.padding
 
         def evaluate(k: int, tensors: Sequence[Tensor]) -> Any:
-            filled = list(others)
-            for i, tensor in zip(places, tensors, strict=True):
-                filled[i] = tensor
-            args, kwargs = pytree.tree_unflatten(filled, tree)
+            args, kwargs = refilled(tensors)
             with entering(candidates[k]):
                 output = candidates[k](*args, **kwargs)
             return output if padding is None else padding(output)
@@ -113,6 +106,26 @@ class LayerChoice(Mutable):
 
     def __getitem__(self, option: str | int) -> nn.Module:
         return self.candidates[str(option)]
+
+
+def _inputs_of(args: Any, kwargs: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], tuple[Any, Any]]]:
+    """The tensors among the arguments, and a function from others like them to the arguments with these.
+
+    The function is kept for the backward pass, without the tensors: autograd saves these, elsewhere or not at all.
+    """
+    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+        return [args[0]], lambda tensors: (tensors, {})
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def refilled(tensors: Sequence[Tensor]) -> Any:
+        filled = list(others)
+        for i, tensor in zip(places, tensors, strict=True):
+            filled[i] = tensor
+        return pytree.tree_unflatten(filled, tree)
+
+    return [leaves[i] for i in places], refilled
 
 
 def _named(candidates: Candidates, label: str | None) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Repeat(Mutable):
         def evaluate(k: int, inputs: Sequence[Tensor]) -> Tensor:
             while len(prefix) <= low + k:
                 i = len(prefix) - 1
-                with unchanged(prefix[low:], f"block {i} of {self.describe()}"), entering(self.blocks[i]):
+                with unchanged(prefix[low:], partial(self._block, i)), entering(self.blocks[i]):
                     prefix.append(self.blocks[i](prefix[i]))
             return prefix[low + k]
 
@@ -79,6 +80,9 @@ class Repeat(Mutable):
 
     def signature(self) -> tuple[Hashable, ...]:
         return ("Repeat", self.depth)
+
+    def _block(self, i: int) -> str:
+        return f"block {i} of {self.describe()}"
 
     def _depth(self, k: int) -> str:
         return f"depth {self.options[k]} of {self.describe()}"

@@ -107,7 +107,8 @@ class MaskedWeights(nn.Module):
         names = names_of_parameters(network)
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         self.of_module: dict[nn.Module, Scope] = {}
-        for root, (modules, mutables) in _parts(network).items():
+        parts = _parts(network)
+        for root, (modules, mutables) in parts.items():
             owned = {
                 name: [(network.get_submodule(path), leaf) for path, _, leaf in (a.rpartition(".") for a in aliases)]
                 for name, aliases in names.items()
@@ -117,11 +118,17 @@ class MaskedWeights(nn.Module):
             ranks = {name: tensor.dim() for name, tensor in tensors.items()}
             masks = WeightMasks(places, own, ranks, one) if own else None
             owners = [inside[name] for name in masks.names] if masks is not None else []
-            if masks is not None or mutables or root is network:
-                self.of_module[root] = Scope(masks, owners, mutables)
+            self.of_module[root] = Scope(masks, owners, mutables)
+        for root in [root for root, scope in self.of_module.items() if not self._has_masks(scope)]:
+            del self.of_module[root]
         self.scopes = nn.ModuleList(self.of_module.values())
         self.entered: set[nn.Module] = set()
         self.is_running = False
+
+    def _has_masks(self, scope: Scope) -> bool:
+        """In itself, or in what its choices call."""
+        inside = [child for mutable in scope.mutables for child in _called(mutable)]
+        return scope.masks is not None or any(self._has_masks(self.of_module[m]) for m in inside if m in self.of_module)
 
     def ran(self) -> set[str]:
         """The masked weights of what ran in the last forward with gradient."""
@@ -164,7 +171,7 @@ def _parts(network: nn.Module) -> dict[nn.Module, tuple[set[nn.Module], list[Mut
                 visit(child, root)
             return
         mutables.append(module)
-        for child in module if isinstance(module, LayerChoice) else module.blocks:
+        for child in _called(module):
             if child not in found:
                 found[child] = (set(), [])
                 visit(child, child)
@@ -172,6 +179,11 @@ def _parts(network: nn.Module) -> dict[nn.Module, tuple[set[nn.Module], list[Mut
     found[network] = (set(), [])
     visit(network, network)
     return found
+
+
+def _called(mutable: Mutable) -> list[nn.Module]:
+    """The modules that a choice calls."""
+    return list(mutable.blocks if isinstance(mutable, Repeat) else mutable)  # type: ignore[call-overload]
 
 
 @contextmanager

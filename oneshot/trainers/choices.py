@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..cost import Cost, LatencyTable, best_under_budget
+from ..cost.decode import cost_range
 from ..errors import UnsupportedModelError
 from ..export import argmax_choices
 from ..graph import evaluated
@@ -28,8 +29,8 @@ __all__ = ["Choices"]
 class Choices(Searched):
     """The decisions of ``model``; costs are counted for an input of shape ``dummy_input``.
 
-    ``measure``: from the name of a runtime to a latency table of this machine. UnsupportedModelError for a model
-    without a choice.
+    ``measure``: from the name of a runtime to a latency table of this machine. ``train_selection``: whether the alphas
+    learn. UnsupportedModelError for a model without a choice.
     """
 
     def __init__(
@@ -38,20 +39,26 @@ class Choices(Searched):
         costs: CostSources,
         dummy_input: Sequence[int],
         measure: Callable[[str], LatencyTable],
+        *,
+        train_selection: bool = True,
     ) -> None:
         super().__init__(model, costs)
         if isinstance(model, SearchModel):
+            found = "choices and costs of its own" if decisions(model) else "masks and no choices"
+            trainer = "PITSuperNetTrainer" if decisions(model) else "PITTrainer"
             raise UnsupportedModelError(
-                f"{type(model).__name__} has masks and no choices: search it with PITTrainer, or hand over the network "
-                "with LayerChoice, InputChoice or Repeat in it"
+                f"{type(model).__name__} has {found}: search it with {trainer}, or hand over the network with "
+                "LayerChoice, InputChoice or Repeat in it"
             )
         self.decisions = decisions(model)
-        if not arch_parameters(model):
+        self.alphas = arch_parameters(model)
+        if not self.alphas:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has nothing to search: it holds no LayerChoice, InputChoice or Repeat"
             )
         costs.check_for(model)
         self.dummy_input = tuple(dummy_input)
+        self.train_selection = train_selection
         self._measure = measure
         self._costs: dict[str, Cost] = {}
 
@@ -101,3 +108,18 @@ class Choices(Searched):
 
     def shares(self) -> dict[str, list[float]]:
         return {label: d.alpha.detach().softmax(0).tolist() for label, d in self.decisions.items()}
+
+    def learning(self, pulls: bool) -> list[nn.Parameter]:
+        # Without a cost, the task alone decides.
+        return [alpha for alpha in self.alphas if alpha.requires_grad] if self.train_selection else []
+
+    def step_costs(self) -> dict[str, Tensor]:
+        probabilities = {label: d.probabilities() for label, d in self.decisions.items()}
+        return {name: self.cost_model(name).soft(probabilities) for name in self.names}
+
+    def reachable(self, names: Collection[str]) -> dict[str, tuple[float, float]]:
+        return {name: cost_range(self.cost_model(name)) for name in names}
+
+    def check_targets(self, targets: Mapping[str, float]) -> None:
+        uniform = {label: [0.0] * len(d.options) for label, d in self.decisions.items()}
+        best_under_budget(uniform, {name: self.cost_model(name) for name in targets}, targets)

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, final
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.data import Dataset, Subset
 
-from ..errors import ConfigurationError, InfeasibleTargetError, InputTypeError
-from ..graph import evaluated
-from ..mutables import arch_parameters
+from ..errors import InputTypeError, UnsupportedModelError
 from ..pit import PIT
-from .base import SchedulerFactory, Trainer
-from .batches import even_batches
-from .checkpoint import BEST
-from .masks import Masks
-from .modes import frozen_statistics, frozen_weights
-from .penalty import Penalty
-from .selection import Record, epochs_since, kept_record
-from .setup import OptimizerLike, check_counts
+from .masks import ArchOptimizer, Masks, masks_without_decay
+from .penalized import PenalizedArguments, PenalizedTrainer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["PITTrainer"]
 
 
 @final
-class PITTrainer(Trainer):
+class PITTrainer(PenalizedTrainer):
     """Searches the masks of a ``PIT`` network: warm-up, search, fine-tuning.
 
     * Warm-up: the weights alone; masks stay at 1.
@@ -80,6 +70,7 @@ class PITTrainer(Trainer):
         seed, device, devices, strategy, precision, checkpoint_dir, checkpoint_every, log_frequency, progress: as in
             ``ProxylessTrainer``. ``best.ckpt`` in ``checkpoint_dir``: the epoch that targets or validation chose.
 
+    >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))  # 4 * 8 + 8 + 8 * 2 + 2 = 58 parameters
     >>> pit = PIT(net, input_shape=(4,))
     >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.arange(64) % 2)
@@ -100,281 +91,26 @@ class PITTrainer(Trainer):
         self,
         pit: PIT,
         *,
-        loss: Callable[[Any, Any], Tensor],
-        metrics: Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None,
-        optimizer: OptimizerLike,
         strength: float | Mapping[str, float],
-        num_epochs: int = 100,
-        dataset: Dataset[Any] | None = None,
-        warmup_epochs: int = 0,
-        finetune_epochs: int = 0,
-        targets: Mapping[str, float] | None = None,
-        normalize: bool = False,
         mask_learning_rate: float = 1e-3,
-        arch_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
-        finetune_optimizer: OptimizerLike | None = None,
-        arch_dataset: Dataset[Any] | None = None,
-        valid_dataset: Dataset[Any] | None = None,
-        arch_fraction: float = 0.0,
-        patience: int | None = None,
-        monitor: str = "loss",
-        monitor_mode: Literal["min", "max"] | None = None,
-        batch_size: int = 64,
-        workers: int = 4,
-        device: torch.device | str | None = None,
-        log_frequency: int | None = None,
-        scheduler: SchedulerFactory | None = None,
-        warmup_scheduler: SchedulerFactory | None = None,
-        finetune_scheduler: SchedulerFactory | None = None,
-        seed: int = 0,
-        precision: str = "32-true",
-        devices: int = 1,
-        strategy: str = "auto",
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | None = None,
-        progress: bool | None = None,
+        arch_optimizer: ArchOptimizer | None = None,
+        **others: Unpack[PenalizedArguments],
     ) -> None:
         if not isinstance(pit, PIT):
             raise InputTypeError(
                 f"PITTrainer: a {type(pit).__name__} is no PIT network; wrap it, PITTrainer(PIT(model, "
                 "input_shape=...), ...), and build the optimizer from the parameters of the result"
             )
-        self.penalty = Penalty(strength, targets, normalize, pit.reachable_costs())
+        masks = Masks(pit)
+        if pit.choices:
+            raise UnsupportedModelError(
+                f"PITTrainer: the network has the choices {list(pit.choices)} besides its masks; search both with "
+                "PITSuperNetTrainer"
+            )
+        adam: ArchOptimizer = lambda parameters: torch.optim.Adam(parameters, mask_learning_rate)  # noqa: E731
         super().__init__(
-            Masks(pit),
-            loss=loss,
-            metrics=metrics,
-            optimizer=optimizer,
-            arch_optimizer=_without_decay(
-                arch_optimizer or (lambda masks: torch.optim.Adam(masks, mask_learning_rate))
-            ),
-            num_epochs=num_epochs,
-            dataset=dataset,
-            arch_dataset=arch_dataset,
-            valid_dataset=valid_dataset,
-            arch_fraction=arch_fraction or None,
-            warmup_epochs=warmup_epochs,
-            finetune_epochs=finetune_epochs,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            log_frequency=log_frequency,
-            scheduler=scheduler,
-            warmup_scheduler=warmup_scheduler,
-            finetune_scheduler=finetune_scheduler,
-            finetune_optimizer=finetune_optimizer,
-            seed=seed,
-            precision=precision,
-            devices=devices,
-            strategy=strategy,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            progress=progress,
+            masks,
+            strength=strength,
+            arch_optimizer=masks_without_decay(pit, arch_optimizer or adam),
+            **others,
         )
-        if arch_dataset is not None and self.arch_fraction is None:
-            raise ConfigurationError(
-                "arch_dataset: without arch_fraction the masks learn from dataset; give a fraction"
-            )
-        self.masks = arch_parameters(pit)
-        self.patience, self.monitor = patience, monitor
-        self.larger_is_better = _larger_is_better(monitor, monitor_mode)
-        self._check_patience()
-        self._best: dict[str, Tensor] | None = None
-
-    # ---- the algorithm -----------------------------------------------------------------------------------------
-
-    def _weight_step(self, batch: Any) -> None:
-        with frozen_weights(self.masks):
-            self._update_weights(batch)
-
-    def _search_step(self, batch: Any) -> None:
-        if not self._learning():
-            self._weight_step(batch)
-        elif self.arch_fraction is None:
-            self._joint_step(batch)
-        else:
-            self._weight_step(batch)
-            self._mask_step(self._next_arch_batch())
-
-    def _learning(self) -> list[nn.Parameter]:
-        """The masks that are trained."""
-        return [mask for mask in self.masks if mask.requires_grad] if self.penalty.pulls else []
-
-    def _joint_step(self, batch: Any) -> None:
-        """One step of weights and masks on the same batch."""
-        self._weight_optimizer.zero_grad(set_to_none=True)
-        self.arch_optimizer.zero_grad(set_to_none=True)
-        task, output, target = self._forward(batch, self.loss)
-        noted = self._backward("loss", task)
-        self._step_weights()
-        self._step_masks()
-        self._note({**noted, **self._measured(output, target)})
-
-    def _mask_step(self, batch: Any) -> None:
-        """One step of the masks; the weights and the BatchNorm statistics stay."""
-        self.arch_optimizer.zero_grad(set_to_none=True)
-        with frozen_weights(self.weights), frozen_statistics(self.norms):
-            task, _, _ = self._forward(batch, self.loss)
-            noted = self._backward("arch_loss", task)
-        self._step_masks()
-        self._note(noted)
-
-    def _backward(self, name: str, task: Tensor) -> dict[str, Tensor | float]:
-        """The gradients of the task loss and, added for the masks, of the penalty; what to note of them."""
-        costs = self.model.costs()
-        penalty = self.penalty(costs)
-        self._check_finite({name: task, **costs})
-        masks = self._learning()
-        # Apart, so that both parts are known; the masks of this step are in both graphs.
-        of_cost = torch.autograd.grad(penalty, masks, retain_graph=True, allow_unused=True)
-        self.fabric.backward(task)
-        return {name: task, "penalty": penalty, "cost_share": _add(masks, of_cost)}
-
-    def _step_masks(self) -> None:
-        self._average_gradients(self._learning())
-        self.arch_optimizer.step()
-        self.model.masks.clip_()
-
-    def _cost_references(self) -> Mapping[str, float]:
-        return self.penalty.targets
-
-    # ---- which epoch is kept -----------------------------------------------------------------------------------
-
-    def _after_epoch(self, phase: str) -> None:
-        if phase == "warmup" or (phase == "search" and not self.penalty.targets):
-            return
-        if phase == "finetune" and self.valid_dataset is None:
-            self._best = None  # the last one is kept, and it is the network itself
-            return
-        records = [record for record in self.history if record["phase"] == phase]
-        judged_by = None if self.valid_dataset is None else f"valid_{self.monitor}"
-        kept = kept_record(records, admits=self._is_met, judged_by=judged_by, larger=self.larger_is_better)
-        if self.patience is not None and epochs_since(records, kept) >= self.patience:
-            self._end_phase(phase, len(records))
-        if kept is records[-1]:
-            self._best = _copied(self.model)
-            if self.checkpoint_dir is not None and self.fabric.is_global_zero:
-                self.save(self.checkpoint_dir / BEST)
-
-    def _is_met(self, record: Record) -> bool:
-        return self.penalty.is_met({name: record[f"{name}_hard"] for name in self.penalty.targets})
-
-    def _enter_phase(self, phase: str) -> None:
-        if phase == "finetune":
-            self._take_best()
-
-    def _after_run(self) -> None:
-        if self._best is not None:
-            self._take_best()
-
-    def _take_best(self) -> None:
-        """Make the network that of the kept epoch, or be sure that it may stay as it is."""
-        if self._best is None:
-            self._check_targets()
-        else:
-            self.model.load_state_dict(self._best)
-
-    def _check_targets(self) -> None:
-        now = {name: hard for name, (_, hard) in self.searched.soft_and_hard().items()}
-        if self.penalty.is_met(now):
-            return
-        found = [record for record in self.history if record["phase"] != "warmup"]
-        texts = []
-        for name, target in self.penalty.targets.items():
-            reached = min((record[f"{name}_hard"] for record in found), default=now[name])
-            least = self.model.reachable_costs()[name][0]
-            texts.append(f"{name} {target:g}, lowest so far {reached:g}, lowest possible {least:g}")
-        raise InfeasibleTargetError(
-            f"no epoch met the targets: {'; '.join(texts)}. Search longer, or with a larger strength or "
-            "mask_learning_rate; export(best=False) gives the network as it is now"
-        )
-
-    @contextmanager
-    def _as_kept(self, best: bool) -> Iterator[None]:
-        if not best:
-            yield
-            return
-        now = _copied(self.model)
-        self._take_best()
-        try:
-            yield
-        finally:
-            self.model.load_state_dict(now)
-
-    # ---- before the run, and between two parts of it -----------------------------------------------------------
-
-    def _check_patience(self) -> None:
-        check_counts(0, 0, 1, 0, None, None, patience=self.patience)
-        if self.patience is None:
-            return
-        if self.valid_dataset is None:
-            raise ConfigurationError(f"patience={self.patience}: it needs valid_dataset, which says what is better")
-        if not self.penalty.targets and not self.finetune_epochs:
-            raise ConfigurationError(
-                f"patience={self.patience}: it has no phase to end. Without targets validation cannot judge a search, "
-                "since it is best before anything is cut; give targets or finetune_epochs"
-            )
-
-    def _check_run(self) -> None:
-        full = {name: high for name, (_, high) in self.model.reachable_costs().items()}
-        if self.num_epochs and not self.penalty.pulls and not self.penalty.is_met(full):
-            raise ConfigurationError(
-                f"strength={self.penalty.strength}: nothing pulls the costs towards the targets {self.penalty.targets}"
-            )
-        if self.valid_dataset is None or self.monitor == "loss":
-            return
-        inputs, target = next(iter(even_batches(Subset(self.valid_dataset, [0]), 1)))
-        device = next(self.model.parameters()).device
-        with evaluated(self.model):
-            known = self._measured(self.model(inputs.to(device)), target.to(device))
-        if self.monitor not in known:
-            raise ConfigurationError(f"monitor={self.monitor!r}: allowed are {['loss', *known]}")
-
-    def _own_settings(self) -> dict[str, Any]:
-        penalty = self.penalty
-        return {
-            "strength": penalty.strength,
-            "targets": penalty.targets,
-            "normalize": penalty.normalize,
-            "arch_optimizer": type(self.arch_optimizer).__name__,
-        }
-
-    def _own_state(self) -> dict[str, Any]:
-        return {"best": self._best}
-
-    def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        self._best = state["best"]
-
-
-def _without_decay(
-    arch_optimizer: Callable[[list[nn.Parameter]], Optimizer],
-) -> Callable[[list[nn.Parameter]], Optimizer]:
-    def checked(masks: list[nn.Parameter]) -> Optimizer:
-        optimizer = arch_optimizer(masks)
-        if any(group.get("weight_decay") for group in optimizer.param_groups):
-            raise ConfigurationError("arch_optimizer: weight decay switches masks off by itself; set weight_decay=0")
-        return optimizer
-
-    return checked
-
-
-def _larger_is_better(monitor: str, mode: str | None) -> bool:
-    if mode not in (None, "min", "max"):
-        raise ConfigurationError(f"monitor_mode={mode!r}: allowed are 'min', 'max' and None")
-    return monitor != "loss" if mode is None else mode == "max"
-
-
-def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _add(masks: Sequence[nn.Parameter], of_cost: Sequence[Tensor | None]) -> Tensor:
-    """Add the cost's gradients to those there are; returns its share of their L1 norm, in [0, 1]."""
-    norms = [torch.zeros((), device=masks[0].device)] * 2
-    for mask, gradient in zip(masks, of_cost, strict=True):
-        if mask.grad is not None:
-            norms[0] = norms[0] + mask.grad.abs().sum()
-        if gradient is not None:
-            norms[1] = norms[1] + gradient.abs().sum()
-            mask.grad = gradient if mask.grad is None else mask.grad + gradient
-    return norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)

@@ -1,4 +1,4 @@
-"""ProxylessNAS (arXiv 1812.00332): path-binarised search with a differentiable latency."""
+"""ProxylessNAS (arXiv 1812.00332): path-binarised search, by the gradient of the gates or by REINFORCE."""
 
 from __future__ import annotations
 
@@ -9,17 +9,29 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from ..cost import Cost, CostSpec
+from ..cost import Cost, CostModel, CostSpec, cost_range
 from ..cost.hardware import Hardware
 from ..errors import ConfigurationError
-from ..mutables import BinaryGates
+from ..graph import evaluated
+from ..mutables import Argmax, BinaryGates
 from .base import SchedulerFactory, Trainer
+from .batches import even_batches
 from .choices import Choices
 from .cost_loss import DEFAULT_REFERENCE, CostLoss
 from .costs import CostSources
-from .modes import frozen_statistics, frozen_weights
+from .modes import batch_statistics, frozen_statistics, frozen_weights
+from .reinforce import (
+    DEFAULT_EXPONENT,
+    Reward,
+    RewardLike,
+    check_estimator,
+    check_method,
+    check_reference,
+    moved_baseline,
+    policy_gradient,
+)
 from .setup import OptimizerLike
 
 __all__ = ["ProxylessTrainer"]
@@ -27,18 +39,33 @@ __all__ = ["ProxylessTrainer"]
 
 @final
 class ProxylessTrainer(Trainer):
-    """Searches the mutables of a network with binary gates and an expected latency.
+    """Searches the mutables of a network with binary gates and an expected latency, or with REINFORCE.
 
     Each weight step draws one path from p = softmax(alpha) and trains its weights. Every ``arch_every`` such steps
-    an arch step takes a batch of the held-out split, draws two paths per decision (or the gates of all, ``paths``)
-    and moves alpha only: no weight and no BatchNorm buffer changes. Its loss L combines the task loss CE with the
-    expected cost E, which is differentiable, dE/dalpha_i = p_i (t_i - sum_k p_k t_k):
+    an arch step takes a batch of the held-out split and moves alpha only: no weight and no BatchNorm buffer changes.
+
+    ``arch_method='gradient'``: the arch step draws two paths per decision (or the gates of all, ``paths``). Its loss L
+    combines the task loss CE with the expected cost E, which is differentiable,
+    dE/dalpha_i = p_i (t_i - sum_k p_k t_k):
 
     * ``'add#linear'``: L = CE + lambda (E - ref) / ref, needs ``grad_reg_loss_params={'lambda': ...}``;
     * ``'mul#log'``: L = CE alpha (ln E / ln ref)^beta, needs ``'alpha'`` and ``'beta'``, and E, ref > 1.
 
     With several costs there is such a term, or such a factor, for each; lambda and beta may be mappings by cost.
-    Neither is a constraint: give ``export`` a ``budget`` to meet one exactly.
+
+    ``arch_method='reinforce'``: the arch step draws ``rl_batch_size`` = m networks and evaluates them without gradient
+    on its batch, in eval mode, BatchNorm with the statistics of the batch. With R = task prod_j (ref_j / C_j)^w_j of
+    each, C_j its own cost and not an expected one, alpha moves along
+
+        (1/m) sum_i (R_i - b) grad log p(network i),
+
+    whatever the task and the costs are: neither needs a gradient. The baseline is b <- b + ``baseline_decay``
+    (mean R - b), the first mean at the start, and is moved before it is used, as in the authors' code: that all of
+    these networks saw an easy batch then changes nothing. Because the mean holds R_i itself, what is expected of the
+    estimate is (1 - ``baseline_decay`` / m) times the gradient of E[R] (1 - 1/m times in the first step), a factor
+    that Adam does not see.
+
+    Neither method keeps a constraint: give ``export`` a ``budget`` to meet one exactly.
 
     Args:
         model: the network, with LayerChoice, InputChoice, Repeat in it.
@@ -64,7 +91,13 @@ class ProxylessTrainer(Trainer):
         ref_latency: the reference ref, in ms, or in the unit of the cost; for several costs a mapping by name.
             ``normalize=True``: what each costs in expectation before the search, all options being equally probable.
         arch_every, skip_first_epoch: an arch step after every so many weight steps; none in the first search epoch.
-        paths: 2, or 'all'. ``rescale``: keep the probability of what was not drawn (two paths only).
+        arch_method: ``'gradient'`` or ``'reinforce'``.
+        paths: 2, or 'all'. ``rescale``: keep the probability of what was not drawn (two paths only). Both are for
+            ``'gradient'``, as ``grad_reg_loss_params`` are; ``grad_reg_loss_type=None`` keeps costs out of either.
+        rl_batch_size, baseline_decay: m, at least 2, and the share of the new mean in the baseline, above 0 to 1.
+        reward: the task's part of R: the name of a metric, the larger the better, ``'loss'`` for exp(-loss), or a
+            function of all that is measured, ``{'loss': ..., metrics}``. None: the first metric, or exp(-loss) if
+            ``metrics=None``. ``cost_exponent``: w_j, one number or a mapping by cost.
         scheduler, warmup_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after every weight step.
         seed: of the split, the order of the data, augmentation, dropout and paths.
         checkpoint_dir: where checkpoints, ``log.jsonl``, TensorBoard files and the measured table go;
@@ -113,8 +146,13 @@ class ProxylessTrainer(Trainer):
         arch_fraction: float = 0.2,
         arch_every: int = 5,
         skip_first_epoch: bool = True,
+        arch_method: Literal["gradient", "reinforce"] = "gradient",
         paths: Literal[2, "all"] = 2,
         rescale: bool = True,
+        rl_batch_size: int = 10,
+        baseline_decay: float = 0.99,
+        reward: RewardLike | None = None,
+        cost_exponent: float | Mapping[str, float] = DEFAULT_EXPONENT,
         scheduler: SchedulerFactory | None = None,
         warmup_scheduler: SchedulerFactory | None = None,
         seed: int = 0,
@@ -129,6 +167,8 @@ class ProxylessTrainer(Trainer):
             raise ConfigurationError(f"paths={paths!r}: allowed are 2 and 'all'")
         if not isinstance(arch_every, int) or arch_every < 1:
             raise ConfigurationError(f"arch_every={arch_every!r}: an integer of at least 1 is needed")
+        check_method(arch_method, grad_reg_loss_type, grad_reg_loss_params, reward, cost_exponent)
+        check_estimator(rl_batch_size, baseline_decay)
         self.choices = Choices(model, CostSources(cost, applied_hardware, missing), dummy_input, self._measured_once)
         super().__init__(
             self.choices,
@@ -166,7 +206,15 @@ class ProxylessTrainer(Trainer):
         self.normalize = normalize
         units = {name: self.costs.unit(name) for name in self.costs.names}
         references = None if normalize else ref_latency
+        self.reward: Reward | None = None
+        if arch_method == "reinforce":
+            rewarded = {} if grad_reg_loss_type is None else units
+            check_reference(references, rewarded)
+            self.reward = Reward(reward, cost_exponent if rewarded else {}, list(rewarded))
+            grad_reg_loss_type = None  # the costs are in the reward
         self.cost_loss = CostLoss(grad_reg_loss_type, grad_reg_loss_params, references, units)
+        self.rl_batch_size, self.baseline_decay = rl_batch_size, baseline_decay
+        self.baseline: float | None = None
 
     # ---- the algorithm -----------------------------------------------------------------------------------------
 
@@ -176,7 +224,8 @@ class ProxylessTrainer(Trainer):
     def _search_step(self, batch: Any) -> None:
         self._update_weights(batch, BinaryGates(1))
         if self._arch_step_due():
-            self._arch_step(self._next_arch_batch())
+            step_of = self._arch_step if self.reward is None else self._reinforce_step
+            step_of(self._next_arch_batch())
 
     def _arch_step_due(self) -> bool:
         done = self.search_step + 1 - (self.steps_per_epoch if self.skip_first_epoch else 0)
@@ -200,6 +249,57 @@ class ProxylessTrainer(Trainer):
         if self.rescale:
             self._after_arch_step()
         self._note({"arch_loss": total, "cost_share": share, **_named(expected)})
+
+    def _reinforce_step(self, batch: Any) -> None:
+        """One step of the alphas by the rewards of sampled networks; the weights and the BatchNorm statistics stay."""
+        assert self.reward is not None
+        paths, measured = self._sampled_networks(batch)
+        costs = [{name: self.choices.cost_model(name).of(path) for name in self.costs.names} for path in paths]
+        tasks = torch.tensor([self.reward.task(m) for m in measured], dtype=torch.float64)
+        rewards = torch.tensor(
+            [self.reward(m, c, self.cost_loss.references) for m, c in zip(measured, costs, strict=True)],
+            dtype=torch.float64,
+        )
+        losses = torch.tensor([m["loss"] for m in measured])
+        self._check_finite({"arch_loss": losses.sum(), "reward": rewards.mean()})
+        self.baseline = moved_baseline(self.baseline, float(rewards.mean()), self.baseline_decay)
+        of_task, of_cost = [], []
+        for label, decision in self.decisions.items():
+            p = decision.alpha.detach().double().softmax(0)
+            chosen = [path[label] for path in paths]
+            decision.alpha.grad = policy_gradient(p, chosen, rewards - self.baseline).to(decision.alpha)
+            of_task.append(policy_gradient(p, chosen, tasks - tasks.mean()).abs().sum())
+            of_cost.append(policy_gradient(p, chosen, rewards - tasks - (rewards - tasks).mean()).abs().sum())
+        self.arch_optimizer.step()
+        norms = torch.stack(of_task).sum(), torch.stack(of_cost).sum()
+        share = norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
+        means = {f"{name}_sampled": sum(c[name] for c in costs) / len(costs) for name in self.costs.names}
+        noted = {"baseline": self.baseline, **means}
+        in_full = {name: torch.tensor(value, dtype=torch.float64) for name, value in noted.items()}
+        self._note({"reward": rewards.mean(), "cost_share": share, **in_full})
+
+    def _sampled_networks(self, batch: Any) -> tuple[list[dict[str, int]], list[dict[str, float]]]:
+        """The options of each drawn network and what is measured of it on the batch, by all processes together."""
+        paths: list[dict[str, int]] = []
+        known: dict[tuple[int, ...], dict[str, float]] = {}
+        with torch.no_grad(), batch_statistics(self.model):
+            for _ in range(self.rl_batch_size):
+                self._set(BinaryGates(1))
+                path = {label: decision.drawn.active for label, decision in self.decisions.items()}
+                paths.append(path)
+                if tuple(path.values()) not in known:  # nothing is random in it: the same network, the same numbers
+                    known[tuple(path.values())] = self._measured_together(batch)
+        return paths, [known[tuple(path.values())] for path in paths]
+
+    def _measured_together(self, batch: Any) -> dict[str, float]:
+        loss, output, target = self._forward(batch, self.arch_loss)
+        found = {**self._measured(output, target), "loss": loss}
+        numbers = torch.stack([torch.as_tensor(value, device=loss.device).double() for value in found.values()])
+        if self.fabric.world_size > 1:
+            mean = self.fabric.all_reduce(numbers, reduce_op="mean")
+            assert isinstance(mean, Tensor)
+            numbers = mean
+        return dict(zip(found, numbers.tolist(), strict=True))
 
     def _expected_costs(self) -> dict[str, Tensor]:
         """E under the distribution that this step's gates have: in two-path mode the pair's own softmax."""
@@ -227,6 +327,43 @@ class ProxylessTrainer(Trainer):
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             self.latency_table.write(self.checkpoint_dir / "latency_table.yaml")
         self.cost_loss(torch.tensor(1.0), at_start)
+        if self.reward is not None:
+            self._check_reward(self.reward)
+
+    def _check_reward(self, reward: Reward) -> None:
+        for name, exponent in reward.exponents.items():
+            cost = self.choices.cost_model(name)
+            if exponent and isinstance(cost, CostModel) and not cost_range(cost)[0] > 0:
+                raise ConfigurationError(
+                    f"cost {name!r}: the smallest network costs {cost_range(cost)[0]:g} {cost.unit}, and "
+                    "(ref / cost)^w needs it above 0; price what every network has as well, or set its "
+                    "cost_exponent to 0"
+                )
+        assert self.dataset is not None
+        inputs, target = next(iter(even_batches(Subset(self.dataset, [0, 1]), 2)))
+        device = next(self.model.parameters()).device
+        with evaluated(self.model, Argmax()):
+            output = self.model(inputs.to(device))
+            loss = self.arch_loss(output, target.to(device))
+            found = {**self._measured(output, target.to(device)), "loss": loss}
+        reward.task({name: float(value) for name, value in found.items()})
+
+    def _own_settings(self) -> dict[str, Any]:
+        if self.reward is None:
+            return {"arch_method": "gradient"}
+        return {
+            "arch_method": "reinforce",
+            "rl_batch_size": self.rl_batch_size,
+            "baseline_decay": self.baseline_decay,
+            "reward": self.reward.name,
+            "cost_exponent": self.reward.exponents,
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"baseline": self.baseline}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.baseline = state["baseline"]
 
 
 def _arch_adam(lr: float) -> Callable[[list[nn.Parameter]], Optimizer]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..cost import LatencyTable
 from .costs import CostSources
@@ -74,6 +74,29 @@ class Searched(ABC):
     @abstractmethod
     def shares(self) -> dict[str, list[float]]:
         """Label -> a number in [0, 1] for each thing that can be decided there."""
+
+    @abstractmethod
+    def learning(self, pulls: bool) -> list[nn.Parameter]:
+        """The architecture parameters that a search trains; ``pulls``: whether a cost can pull at them."""
+
+    @abstractmethod
+    def step_costs(self) -> dict[str, Tensor]:
+        """Each cost of the run as this step has it, 0-dim, differentiable: of the masks, or expected by the gates."""
+
+    @abstractmethod
+    def reachable(self, names: Collection[str]) -> dict[str, tuple[float, float]]:
+        """The smallest and largest value of these costs, at least of these."""
+
+    @abstractmethod
+    def check_targets(self, targets: Mapping[str, float]) -> None:
+        """InfeasibleTargetError for targets that no architecture meets."""
+
+    def idle(self) -> list[nn.Parameter]:
+        """Architecture parameters with no part in the step, though they may have gradients: zeros."""
+        return []
+
+    def clip_(self) -> None:
+        """Bring what a step has moved back to the values that are allowed."""
 
     def take_table(self, table: LatencyTable) -> None:
         """A latency table that an earlier part of this run measured."""

@@ -1,0 +1,429 @@
+"""A search in which the network pays for its costs: weights and architecture together, or in turns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, Subset
+
+from ..errors import ConfigurationError, InfeasibleTargetError
+from ..graph import evaluated
+from ..mutables import Sampler, arch_parameters
+from .base import SchedulerFactory, Trainer
+from .batches import even_batches
+from .checkpoint import BEST
+from .cost_loss import CostLoss
+from .decidedness import Decidedness
+from .modes import frozen_statistics, frozen_weights
+from .penalty import Penalty
+from .sampling import Sampling
+from .searched import Searched
+from .selection import Record, epochs_since, kept_record
+from .setup import OptimizerLike, check_counts
+
+if TYPE_CHECKING:
+    from typing_extensions import Required
+
+__all__ = ["PenalizedArguments", "PenalizedTrainer"]
+
+
+class PenalizedArguments(TypedDict, total=False):
+    """The keyword arguments that every such trainer takes and hands on, as its docstring describes them."""
+
+    loss: Required[Callable[[Any, Any], Tensor]]
+    metrics: Required[Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None]
+    optimizer: Required[OptimizerLike]
+    num_epochs: int
+    dataset: Dataset[Any] | None
+    warmup_epochs: int
+    finetune_epochs: int
+    targets: Mapping[str, float] | None
+    normalize: bool
+    finetune_optimizer: OptimizerLike | None
+    arch_dataset: Dataset[Any] | None
+    valid_dataset: Dataset[Any] | None
+    arch_fraction: float
+    patience: int | None
+    monitor: str
+    monitor_mode: Literal["min", "max"] | None
+    batch_size: int
+    workers: int
+    device: torch.device | str | None
+    log_frequency: int | None
+    scheduler: SchedulerFactory | None
+    warmup_scheduler: SchedulerFactory | None
+    finetune_scheduler: SchedulerFactory | None
+    seed: int
+    precision: str
+    devices: int
+    strategy: str
+    checkpoint_dir: str | os.PathLike[str] | None
+    checkpoint_every: int | None
+    progress: bool | None
+
+
+class PenalizedTrainer(Trainer):
+    """Warm-up, search, fine-tuning; in the search the loss of the architecture is
+
+        L = F(CE, C) + sum_k s_k C_k (with a target T_k: s_k max(0, C_k - T_k)) + what keeps choices undecided,
+
+    with the costs C of the step and F(CE, C) = CE unless a ``cost_loss`` says otherwise. The weights learn from CE.
+    With ``arch_fraction=0`` one forward and one backward of the same batch move both; else every step of the weights is
+    followed by one of the architecture, on a batch of its own part, and no weight and no BatchNorm statistic moves in
+    it.
+
+    Which epoch is kept: with targets the best search epoch that meets all of them, else the last one; then the best of
+    the fine-tuning. A concrete trainer says what is searched (``Searched``), and how decisions are sampled, if there
+    are any (``sampling``) and pushed to one option (``decidedness``); see its docstring for the other arguments.
+    """
+
+    def __init__(
+        self,
+        searched: Searched,
+        *,
+        strength: float | Mapping[str, float],
+        arch_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        sampling: Sampling | None = None,
+        decidedness: Decidedness | None = None,
+        cost_loss: CostLoss | None = None,
+        loss: Callable[[Any, Any], Tensor],
+        metrics: Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None,
+        optimizer: OptimizerLike,
+        num_epochs: int = 100,
+        dataset: Dataset[Any] | None = None,
+        warmup_epochs: int = 0,
+        finetune_epochs: int = 0,
+        targets: Mapping[str, float] | None = None,
+        normalize: bool = False,
+        finetune_optimizer: OptimizerLike | None = None,
+        arch_dataset: Dataset[Any] | None = None,
+        valid_dataset: Dataset[Any] | None = None,
+        arch_fraction: float = 0.0,
+        patience: int | None = None,
+        monitor: str = "loss",
+        monitor_mode: Literal["min", "max"] | None = None,
+        batch_size: int = 64,
+        workers: int = 4,
+        device: torch.device | str | None = None,
+        log_frequency: int | None = None,
+        scheduler: SchedulerFactory | None = None,
+        warmup_scheduler: SchedulerFactory | None = None,
+        finetune_scheduler: SchedulerFactory | None = None,
+        seed: int = 0,
+        precision: str = "32-true",
+        devices: int = 1,
+        strategy: str = "auto",
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.penalty = Penalty(strength, targets, normalize, searched.names)
+        super().__init__(
+            searched,
+            loss=loss,
+            metrics=metrics,
+            optimizer=optimizer,
+            arch_optimizer=arch_optimizer,
+            num_epochs=num_epochs,
+            dataset=dataset,
+            arch_dataset=arch_dataset,
+            valid_dataset=valid_dataset,
+            arch_fraction=arch_fraction or None,
+            warmup_epochs=warmup_epochs,
+            finetune_epochs=finetune_epochs,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            log_frequency=log_frequency,
+            scheduler=scheduler,
+            warmup_scheduler=warmup_scheduler,
+            finetune_scheduler=finetune_scheduler,
+            finetune_optimizer=finetune_optimizer,
+            seed=seed,
+            precision=precision,
+            devices=devices,
+            strategy=strategy,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+        if arch_dataset is not None and self.arch_fraction is None:
+            raise ConfigurationError(
+                "arch_dataset: without arch_fraction the architecture learns from dataset; give a fraction"
+            )
+        self.sampling, self.decidedness = sampling, decidedness or Decidedness()
+        self.cost_loss = cost_loss
+        self.arch_parameters = arch_parameters(self.model)
+        self.patience, self.monitor = patience, monitor
+        self.larger_is_better = _larger_is_better(monitor, monitor_mode)
+        self._check_patience()
+        self._best: dict[str, Tensor] | None = None
+        if not self.costs.measures:
+            self._refer()
+
+    # ---- the algorithm -----------------------------------------------------------------------------------------
+
+    def _weight_step(self, batch: Any) -> None:
+        with frozen_weights(self.arch_parameters):
+            self._update_weights(batch, self._sampler())
+
+    def _search_step(self, batch: Any) -> None:
+        if not self._learning():
+            self._weight_step(batch)
+        elif self.arch_fraction is None:
+            self._joint_step(batch)
+        else:
+            self._weight_step(batch)
+            self._arch_step(self._next_arch_batch())
+
+    def _learning(self) -> list[nn.Parameter]:
+        """The architecture parameters that are trained."""
+        return self.searched.learning(self.penalty.pulls)
+
+    def _still(self) -> list[nn.Parameter]:
+        learning = {id(p) for p in self._learning()}
+        return [p for p in self.arch_parameters if id(p) not in learning]
+
+    def _sampler(self) -> Sampler | None:
+        """How the decisions are sampled in a step of now; the temperature changes from epoch to epoch."""
+        if self.sampling is None:
+            return None
+        done = max(self.epoch - self.warmup_epochs, 0)
+        return self.sampling.of(self.phase, min(done / max(self.num_epochs - 1, 1), 1.0))
+
+    def _draw(self) -> None:
+        sampler = self._sampler()
+        if sampler is not None:
+            self._set(sampler)
+
+    def _joint_step(self, batch: Any) -> None:
+        """One step of weights and architecture on the same batch."""
+        self._draw()
+        self._weight_optimizer.zero_grad(set_to_none=True)
+        self.arch_optimizer.zero_grad(set_to_none=True)
+        with frozen_weights(self._still()):
+            task, output, target = self._forward(batch, self.loss)
+            noted = self._backward("loss", task)
+        self._step_weights()
+        self._step_arch()
+        self._note({**noted, **self._measured(output, target)})
+
+    def _arch_step(self, batch: Any) -> None:
+        """One step of the architecture; the weights and the BatchNorm statistics stay."""
+        self._draw()
+        self.arch_optimizer.zero_grad(set_to_none=True)
+        with frozen_weights([*self.weights, *self._still()]), frozen_statistics(self.norms):
+            task, _, _ = self._forward(batch, self.loss)
+            noted = self._backward("arch_loss", task)
+        self._step_arch()
+        self._note(noted)
+
+    def _backward(self, name: str, task: Tensor) -> dict[str, Tensor | float]:
+        """The gradients of the task loss and, added for the architecture, of what it pays; what to note of them."""
+        costs, learning = self.searched.step_costs(), self._learning()
+        self._check_finite({name: task, **costs})
+        # The loss sees each part as a variable of its own, so that their shares of the gradient are known.
+        of_task, paid = _variable(task), {k: _variable(cost) for k, cost in costs.items()}
+        penalty = self.penalty(paid)
+        total = of_task if self.cost_loss is None else self.cost_loss(of_task, paid)
+        (total + penalty).backward()
+        # Apart from the task's, and before it: the masks of this step are in both graphs.
+        of_costs = _gradients(costs, {k: variable.grad for k, variable in paid.items()}, learning)
+        terms = self.decidedness.terms([d.alpha for d in self.decisions.values()])
+        of_terms = _gradients(terms, {k: torch.ones_like(term) for k, term in terms.items()}, learning)
+        # A candidate that is evaluated only for the gradient of its gate keeps its statistics.
+        with frozen_statistics(self.norms):
+            self.fabric.backward(task)
+        if self.cost_loss is not None and of_task.grad is not None:
+            _scale(learning, of_task.grad)
+        share = _add(learning, of_costs)
+        _add(learning, of_terms)
+        return {name: task, "penalty": penalty, "cost_share": share, **terms}
+
+    def _step_arch(self) -> None:
+        for parameter in self.searched.idle():
+            parameter.grad = None  # momentum would move it
+        self._average_gradients(self._learning())
+        self.arch_optimizer.step()
+        self.searched.clip_()
+
+    def _cost_references(self) -> Mapping[str, float]:
+        return self.penalty.targets
+
+    # ---- which epoch is kept -----------------------------------------------------------------------------------
+
+    def _after_epoch(self, phase: str) -> None:
+        if phase == "warmup" or (phase == "search" and not self.penalty.targets):
+            return
+        if phase == "finetune" and self.valid_dataset is None:
+            self._best = None  # the last one is kept, and it is the network itself
+            return
+        records = [record for record in self.history if record["phase"] == phase]
+        judged_by = None if self.valid_dataset is None else f"valid_{self.monitor}"
+        kept = kept_record(records, admits=self._is_met, judged_by=judged_by, larger=self.larger_is_better)
+        if self.patience is not None and epochs_since(records, kept) >= self.patience:
+            self._end_phase(phase, len(records))
+        if kept is records[-1]:
+            self._best = _copied(self.model)
+            if self.checkpoint_dir is not None and self.fabric.is_global_zero:
+                self.save(self.checkpoint_dir / BEST)
+
+    def _is_met(self, record: Record) -> bool:
+        return self.penalty.is_met({name: record[f"{name}_hard"] for name in self.penalty.targets})
+
+    def _enter_phase(self, phase: str) -> None:
+        if phase == "finetune":
+            self._take_best()
+
+    def _after_run(self) -> None:
+        if self._best is not None:
+            self._take_best()
+
+    def _take_best(self) -> None:
+        """Make the network that of the kept epoch, or be sure that it may stay as it is."""
+        if self._best is None:
+            self._check_targets()
+        else:
+            self.model.load_state_dict(self._best)
+
+    def _check_targets(self) -> None:
+        targets = self.penalty.targets
+        if not targets:
+            return
+        now = {name: hard for name, (_, hard) in self.searched.soft_and_hard().items()}
+        if self.penalty.is_met(now):
+            return
+        found = [record for record in self.history if record["phase"] != "warmup"]
+        least, texts = self.searched.reachable(targets), []
+        for name, target in targets.items():
+            reached = min((record[f"{name}_hard"] for record in found), default=now[name])
+            texts.append(f"{name} {target:g}, lowest so far {reached:g}, lowest possible {least[name][0]:g}")
+        raise InfeasibleTargetError(
+            f"no epoch met the targets: {'; '.join(texts)}. Search longer, or with a larger strength or a larger "
+            "learning rate of the architecture; export(best=False) gives the network as it is now"
+        )
+
+    @contextmanager
+    def _as_kept(self, best: bool) -> Iterator[None]:
+        if not best:
+            yield
+            return
+        now = _copied(self.model)
+        self._take_best()
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(now)
+
+    # ---- before the run, and between two parts of it -----------------------------------------------------------
+
+    def _refer(self) -> None:
+        """Judge the targets by what can be reached."""
+        self.searched.check_targets(self.penalty.targets)
+        self.penalty.refer_to(self.searched.reachable(self.penalty.needed))
+
+    def _check_patience(self) -> None:
+        check_counts(0, 0, 1, 0, None, None, patience=self.patience)
+        if self.patience is None:
+            return
+        if self.valid_dataset is None:
+            raise ConfigurationError(f"patience={self.patience}: it needs valid_dataset, which says what is better")
+        if not self.penalty.targets and not self.finetune_epochs:
+            raise ConfigurationError(
+                f"patience={self.patience}: it has no phase to end. Without targets validation cannot judge a search, "
+                "since it is best before anything is cut; give targets or finetune_epochs"
+            )
+
+    def _check_run(self) -> None:
+        if self.costs.measures:
+            self._refer()
+        pulls = self.penalty.pulls or self.cost_loss is not None
+        if self.num_epochs and not pulls and not self.penalty.is_met(self.penalty.full):
+            raise ConfigurationError(
+                f"strength={self.penalty.strength}: nothing pulls the costs towards the targets {self.penalty.targets}"
+            )
+        if self.cost_loss is not None:
+            # What the search may come to, not only where it begins: the logarithm of a cost below 1 has no power.
+            least = self.searched.reachable(self.searched.names)
+            self.cost_loss(torch.tensor(1.0), {k: torch.tensor(least[k][0]) for k in self.searched.names})
+        self._check_monitor()
+
+    def _check_monitor(self) -> None:
+        if self.valid_dataset is None or self.monitor == "loss":
+            return
+        inputs, target = next(iter(even_batches(Subset(self.valid_dataset, [0]), 1)))
+        device = next(self.model.parameters()).device
+        with evaluated(self.model):
+            known = self._measured(self.model(inputs.to(device)), target.to(device))
+        if self.monitor not in known:
+            raise ConfigurationError(f"monitor={self.monitor!r}: allowed are {['loss', *known]}")
+
+    def _own_settings(self) -> dict[str, Any]:
+        penalty, cost_loss = self.penalty, self.cost_loss
+        return {
+            "strength": penalty.strength,
+            "targets": penalty.targets,
+            "normalize": penalty.normalize,
+            "arch_optimizer": type(self.arch_optimizer).__name__,
+            "sampling": None if self.sampling is None else str(self.sampling),
+            "decidedness": str(self.decidedness),
+            "cost_loss": None if cost_loss is None else [cost_loss.kind, cost_loss.params, cost_loss.references],
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self._best = state["best"]
+
+
+def _larger_is_better(monitor: str, mode: str | None) -> bool:
+    if mode not in (None, "min", "max"):
+        raise ConfigurationError(f"monitor_mode={mode!r}: allowed are 'min', 'max' and None")
+    return monitor != "loss" if mode is None else mode == "max"
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _variable(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_()
+
+
+def _gradients(
+    outputs: Mapping[str, Tensor], slopes: Mapping[str, Tensor | None], parameters: Sequence[nn.Parameter]
+) -> list[Tensor | None]:
+    """sum_k slope_k d output_k / d parameter, for each parameter; the graphs are kept."""
+    names = [name for name, output in outputs.items() if output.requires_grad and slopes[name] is not None]
+    if not names:
+        return [None] * len(parameters)
+    given = [slopes[name] for name in names]
+    found = torch.autograd.grad(
+        [outputs[name] for name in names], list(parameters), given, retain_graph=True, allow_unused=True
+    )
+    return list(found)
+
+
+def _scale(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+
+
+def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Add these gradients to those there are; returns their share of the L1 norm of both, in [0, 1]."""
+    norms = [torch.zeros((), device=parameters[0].device)] * 2
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is not None:
+            norms[0] = norms[0] + parameter.grad.abs().sum()
+        if gradient is not None:
+            norms[1] = norms[1] + gradient.abs().sum()
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
