@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append(result)
             plinio = f"{case.plinio:.2f}" if row == "SuperNet" else "-"
             print(
-                f"{case.name:18}{row:10}{result.plain_ms:9.1f}{result.ratio:8.3f}  {result.low:.3f}-{result.high:.3f}   "
-                f"{GOALS[row]:6.2f}{plinio:>8}{result.bytes_ratio:8.3f}",
+                f"{case.name:18}{row:10}{result.plain_ms:9.1f}{result.ratio:8.3f}  {result.low:.3f}-{result.high:.3f} "
+                f"  {GOALS[row]:6.2f}{plinio:>8}{result.bytes_ratio:8.3f}",
                 flush=True,
             )
             if result.ratio > GOALS[row] + SLACK:
@@ -198,8 +199,6 @@ def timed(
     saved: float,
 ) -> Result:
     """Pairs of a plain step and a searched one, in changing order, going round ``steps``."""
-    import time
-
     clock = wall_clock if device.type == "cuda" else time.process_time
     times: list[list[float]] = [[], []]
     for pair in range(pairs + len(steps)):

@@ -57,9 +57,12 @@ from .trainers import EarlyStop as EarlyStop
 from .trainers import PITSuperNetTrainer as PITSuperNetTrainer
 from .trainers import PITTrainer as PITTrainer
 from .trainers import ProxylessTrainer as ProxylessTrainer
+from .trainers import RandomSearch as RandomSearch
+from .trainers import SPOSTrainer as SPOSTrainer
 from .trainers import SuperNetTrainer as SuperNetTrainer
 from .trainers import Trainer as Trainer
 from .trainers import fbnet as fbnet
 from .trainers import gdas as gdas
+from .trainers import recalibrate_ as recalibrate_
 
 __version__ = "0.1.0"

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_trainer_contract as contract
 import torch
-from tiny import digit_data, tiny
+from tiny import darts, digit_data, equal_states, tiny
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,7 +20,6 @@ from oneshot import (
     CostModel,
     GumbelSoftmax,
     InputChoice,
-    LabelSmoothingLoss,
     LayerChoice,
     Repeat,
     accuracy,
@@ -43,77 +41,6 @@ from oneshot.trainers.unrolled import (
     updates_of,
     with_weights,
 )
-
-
-def darts(model: nn.Module, **changes: Any) -> DARTSTrainer:
-    """A trainer of 1 + 2 epochs with 6 weight steps each and an arch step before each of the latter 12."""
-    settings: dict[str, Any] = {
-        "loss": LabelSmoothingLoss(),
-        "metrics": lambda output, target: accuracy(output, target, topk=(1, 5)),
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3),
-        "num_epochs": 2,
-        "warmup_epochs": 1,
-        "dataset": digit_data(),
-        "arch_fraction": 0.2,
-        "batch_size": 32,
-        "workers": 0,
-        "device": "cpu",
-        "arc_learning_rate": 0.05,
-        "cost": "macs",
-        "dummy_input": (1, 1, 8, 8),
-        "ref_latency": 10_000,
-        "grad_reg_loss_params": {"lambda": 0.5},
-        "log_frequency": 1,
-        "progress": False,
-    }
-    return DARTSTrainer(model, **{**settings, **changes})
-
-
-# ---- the contract of every trainer -------------------------------------------------------------------------------
-
-CONTRACT = [
-    contract.test_train_moves_weights_and_alphas_and_keeps_the_keys,
-    contract.test_warmup_leaves_alphas,
-    contract.test_same_seed_same_run_and_another_seed_another,
-    contract.test_the_users_objects_and_random_numbers_are_left_alone,
-    contract.test_optimizer_is_taken_over_without_the_alphas,
-    contract.test_two_runs_of_one_model_by_two_trainers,
-    contract.test_evaluate_changes_nothing_and_counts_every_sample,
-    contract.test_nothing_to_search,
-    contract.test_bfloat16_trains_and_alphas_stay_in_float32,
-]
-CONTRACT_WITH_FILES = [
-    contract.test_export_is_argmax_and_equals_the_rebuilt_network,
-    contract.test_export_that_differs_is_refused_and_the_old_file_stays,
-    contract.test_logs_and_files_of_a_run,
-    contract.test_nan_loss_stops_with_step_terms_and_last_checkpoint,
-]
-
-
-@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-def test_contract(check: Any) -> None:
-    assert check(darts) is None
-
-
-@pytest.mark.parametrize("check", CONTRACT_WITH_FILES, ids=lambda check: check.__name__)
-def test_contract_with_files(check: Any, tmp_path: Path) -> None:
-    assert check(darts, tmp_path) is None
-
-
-@pytest.mark.parametrize(("changes", "error", "message"), contract.WRONG, ids=lambda v: str(v)[:30])
-def test_contract_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        darts(tiny(), **changes)
-
-
-@pytest.mark.parametrize(("changes", "error", "message"), contract.WRONG_AT_TRAIN, ids=lambda v: str(v)[:30])
-def test_contract_wrong_data(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    model = tiny()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(error, match=message):
-        darts(model, **changes).train()
-    assert contract.equal_states(before, model.state_dict())
-
 
 # ---- one step of SGD ----------------------------------------------------------------------------------------------
 
@@ -621,7 +548,7 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(tmp_path: Path) -> None
         again = darts(other, **settings)
         again.resume(saved[step])
         assert again.train() == history, step
-        assert contract.equal_states(model.state_dict(), other.state_dict()), step
+        assert equal_states(model.state_dict(), other.state_dict()), step
     with pytest.raises(CheckpointError, match="order 2 there and 'exact' here"):
         darts(tiny(), **{**settings, "order": "exact"}).resume(saved[8])
 

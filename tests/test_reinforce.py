@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_trainer_contract as contract
 import torch
-from tiny import Tiny, digit_data, proxyless, tiny
+from tiny import Tiny, digit_data, equal_states, proxyless, reinforce, tiny
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,59 +18,6 @@ from oneshot import CostModel, LayerChoice, ProxylessTrainer, arch_parameters, w
 from oneshot.cost import Term
 from oneshot.errors import CheckpointError, ConfigurationError, TrainingDivergedError
 from oneshot.trainers.reinforce import Reward, moved_baseline, policy_gradient
-
-
-def reinforce(model: nn.Module, **changes: Any) -> ProxylessTrainer:
-    """As ``proxyless``, with six sampled networks in each arch step."""
-    settings = {"arch_method": "reinforce", "rl_batch_size": 6, "grad_reg_loss_params": None, "cost_exponent": 0.3}
-    return proxyless(model, **{**settings, **changes})
-
-
-# ---- the contract of every trainer -------------------------------------------------------------------------------
-
-CONTRACT = [
-    contract.test_train_moves_weights_and_alphas_and_keeps_the_keys,
-    contract.test_warmup_leaves_alphas,
-    contract.test_same_seed_same_run_and_another_seed_another,
-    contract.test_the_users_objects_and_random_numbers_are_left_alone,
-    contract.test_optimizer_is_taken_over_without_the_alphas,
-    contract.test_two_runs_of_one_model_by_two_trainers,
-    contract.test_evaluate_changes_nothing_and_counts_every_sample,
-    contract.test_nothing_to_search,
-    contract.test_bfloat16_trains_and_alphas_stay_in_float32,
-]
-CONTRACT_WITH_FILES = [
-    contract.test_export_is_argmax_and_equals_the_rebuilt_network,
-    contract.test_export_that_differs_is_refused_and_the_old_file_stays,
-    contract.test_logs_and_files_of_a_run,
-    contract.test_nan_loss_stops_with_step_terms_and_last_checkpoint,
-]
-
-
-@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-def test_contract(check: Any) -> None:
-    assert check(reinforce) is None
-
-
-@pytest.mark.parametrize("check", CONTRACT_WITH_FILES, ids=lambda check: check.__name__)
-def test_contract_with_files(check: Any, tmp_path: Path) -> None:
-    assert check(reinforce, tmp_path) is None
-
-
-@pytest.mark.parametrize(("changes", "error", "message"), contract.WRONG, ids=lambda v: str(v)[:30])
-def test_contract_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        reinforce(tiny(), **changes)
-
-
-@pytest.mark.parametrize(("changes", "error", "message"), contract.WRONG_AT_TRAIN, ids=lambda v: str(v)[:30])
-def test_contract_wrong_data(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    model = tiny()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(error, match=message):
-        reinforce(model, **changes).train()
-    assert contract.equal_states(before, model.state_dict())
-
 
 # ---- the estimator -----------------------------------------------------------------------------------------------
 
@@ -366,7 +312,7 @@ def test_resume_is_bit_for_bit_and_keeps_the_baseline(tmp_path: Path) -> None:
         assert again.baseline == baselines[step]
         assert again.train() == history
         assert again.baseline == trainer.baseline is not None
-        assert contract.equal_states(model.state_dict(), other.state_dict())
+        assert equal_states(model.state_dict(), other.state_dict())
     assert baselines[3] is None
     assert baselines[9] is not None
     with pytest.raises(CheckpointError, match="arch_method 'reinforce' there and 'gradient' here"):

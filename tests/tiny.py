@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from oneshot import LabelSmoothingLoss, LayerChoice, ProxylessTrainer, Repeat, accuracy
+from oneshot import DARTSTrainer, LabelSmoothingLoss, LayerChoice, ProxylessTrainer, Repeat, SPOSTrainer, accuracy
 from oneshot.data import digits
 from oneshot.trainers.supernet import SuperNetTrainer
 
@@ -49,6 +49,10 @@ def tiny(seed: int = 0) -> Tiny:
 def digit_data(n: int = 256) -> TensorDataset:
     data = digits()
     return TensorDataset(data.images[:n].float() / 255, data.targets[:n])
+
+
+def equal_states(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def common(model: nn.Module) -> dict[str, Any]:
@@ -92,3 +96,30 @@ def supernet(model: nn.Module, **changes: Any) -> SuperNetTrainer:
 def gumbel(model: nn.Module, **changes: Any) -> SuperNetTrainer:
     """Likewise, along one path that is drawn in every step."""
     return supernet(model, **{"sampling": "gumbel", "hard": True, **changes})
+
+
+def reinforce(model: nn.Module, **changes: Any) -> ProxylessTrainer:
+    """As ``proxyless``, with six sampled networks in each arch step."""
+    settings = {"arch_method": "reinforce", "rl_batch_size": 6, "grad_reg_loss_params": None, "cost_exponent": 0.3}
+    return proxyless(model, **{**settings, **changes})
+
+
+def darts(model: nn.Module, **changes: Any) -> DARTSTrainer:
+    """A trainer with an arch step before every weight step."""
+    settings = {"arc_learning_rate": 0.05, "ref_latency": 10_000, "grad_reg_loss_params": {"lambda": 0.5}}
+    return DARTSTrainer(model, **{**common(model), **settings, **changes})
+
+
+MACS_LIMIT = 70_000  # which 17 of the 24 architectures keep
+
+
+def spos(model: nn.Module, **changes: Any) -> SPOSTrainer:
+    """A trainer of uniform paths, with up to 5 generations of 4 architectures."""
+    settings: dict[str, Any] = {
+        "limits": {"macs": MACS_LIMIT},
+        "population": 4,
+        "generations": 5,
+        "parents": 2,
+        "recalibration_samples": 64,
+    }
+    return SPOSTrainer(model, **{**common(model), **settings, **changes})

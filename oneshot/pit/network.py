@@ -183,6 +183,15 @@ class SearchedNetwork(SearchModel):
             flat = (self.masks(), [])
         return self._costs.of(self.masks, flat[0], self._odds(), discrete=self.discrete_cost)
 
+    def costs_under(self, probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All costs by name, expected under these probabilities of the options of each choice."""
+        chances = None
+        if self._chances is not None:
+            device = self.masks.one.device
+            chances = self._chances({label: p.to(device) for label, p in probabilities.items()})
+        odds = None if chances is None else Odds(chances, chances)
+        return self._costs.of(self.masks, self.masks(), odds, discrete=self.discrete_cost)
+
     def _odds(self) -> Odds | None:
         if self._chances is None:
             return None

@@ -183,7 +183,9 @@ def _parts(network: nn.Module) -> dict[nn.Module, tuple[set[nn.Module], list[Mut
 
 def _called(mutable: Mutable) -> list[nn.Module]:
     """The modules that a choice calls."""
-    return list(mutable.blocks if isinstance(mutable, Repeat) else mutable)  # type: ignore[call-overload]
+    if isinstance(mutable, Repeat):
+        return list(mutable.blocks)
+    return list(mutable) if isinstance(mutable, LayerChoice) else []
 
 
 @contextmanager

@@ -8,4 +8,7 @@ from .pit_supernet import PITSuperNetTrainer as PITSuperNetTrainer
 from .presets import fbnet as fbnet
 from .presets import gdas as gdas
 from .proxyless import ProxylessTrainer as ProxylessTrainer
+from .random_search import RandomSearch as RandomSearch
+from .recalibration import recalibrate_ as recalibrate_
+from .spos import SPOSTrainer as SPOSTrainer
 from .supernet import SuperNetTrainer as SuperNetTrainer

@@ -117,6 +117,13 @@ class Choices(Searched):
         probabilities = {label: d.probabilities() for label, d in self.decisions.items()}
         return {name: self.cost_model(name).soft(probabilities) for name in self.names}
 
+    def uniform_costs(self) -> dict[str, Tensor]:
+        uniform = {k: torch.full((len(d.options),), 1 / len(d.options)) for k, d in self.decisions.items()}
+        return {name: self.cost_model(name).soft(uniform) for name in self.names}
+
+    def unit(self, name: str) -> str:
+        return self.costs.unit(name)
+
     def reachable(self, names: Collection[str]) -> dict[str, tuple[float, float]]:
         return {name: cost_range(self.cost_model(name)) for name in names}
 

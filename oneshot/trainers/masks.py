@@ -137,6 +137,15 @@ class Masks(Searched):
     def step_costs(self) -> dict[str, Tensor]:
         return self.network.costs()
 
+    @torch.no_grad()
+    def uniform_costs(self) -> dict[str, Tensor]:
+        choices = self.network.choices
+        uniform = {k: torch.full((len(d.options),), 1 / len(d.options)) for k, d in choices.items()}
+        return self.network.costs_under(uniform)
+
+    def unit(self, name: str) -> str:
+        return self.network.cost_unit(name)
+
     def reachable(self, names: Collection[str]) -> dict[str, tuple[float, float]]:
         return self.network.reachable_costs()
 

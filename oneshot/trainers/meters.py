@@ -33,7 +33,7 @@ class Meters:
     def add(self, values: Mapping[str, Tensor | float], weight: int = 1) -> None:
         """Add one value of each name, ``weight`` times."""
         for name, value in values.items():
-            number = torch.as_tensor(value).detach().to(torch.float64) * weight
+            number = _as_tensor(value).detach().to(torch.float64) * weight
             self.sums[name] = self.sums[name] + number if name in self.sums else number
             self.counts[name] = self.counts.get(name, 0) + weight
 
@@ -61,3 +61,8 @@ def soft_and_hard(cost: Cost, decisions: Mapping[str, Decision]) -> tuple[float,
     """The expected cost under softmax(alpha), and the cost of the network that would be exported now."""
     soft = cost.soft({label: d.alpha.softmax(0) for label, d in decisions.items()})
     return float(soft), cost.of({label: first_argmax(d.alpha.tolist()) for label, d in decisions.items()})
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    # A Python number has 15 digits, which torch.as_tensor would round to 7.
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)

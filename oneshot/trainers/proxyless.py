@@ -13,14 +13,16 @@ from torch.utils.data import Dataset, Subset
 
 from ..cost import Cost, CostModel, CostSpec, cost_range
 from ..cost.hardware import Hardware
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UnsupportedModelError
 from ..graph import evaluated
-from ..mutables import Argmax, BinaryGates
+from ..mutables import Argmax, BinaryGates, Decision, arch_parameters, decisions
+from ..pit.network import SearchedNetwork
 from .base import SchedulerFactory, Trainer
 from .batches import even_batches
 from .choices import Choices
 from .cost_loss import DEFAULT_REFERENCE, CostLoss
 from .costs import CostSources
+from .masks import Masks
 from .modes import batch_statistics, frozen_statistics, frozen_weights
 from .reinforce import (
     DEFAULT_EXPONENT,
@@ -32,6 +34,7 @@ from .reinforce import (
     moved_baseline,
     policy_gradient,
 )
+from .searched import Searched
 from .setup import OptimizerLike
 
 __all__ = ["ProxylessTrainer"]
@@ -68,7 +71,9 @@ class ProxylessTrainer(Trainer):
     Neither method keeps a constraint: give ``export`` a ``budget`` to meet one exactly.
 
     Args:
-        model: the network, with LayerChoice, InputChoice, Repeat in it.
+        model: the network, with LayerChoice, InputChoice, Repeat in it; or ``PIT(model, ...)`` of such a network, whose
+            masks then learn in arch steps too, those of the active path, in the memory of two paths. It has its own
+            costs, and the optimizer is built from its parameters.
         loss: ``(output, target) -> scalar``. ``arch_loss`` is used in arch steps instead, if given.
         metrics: ``(output, target) -> mapping of numbers`` (or one number), averaged over an epoch.
         optimizer: an optimizer built from ``model.parameters()``, or a function from a list of parameters to one.
@@ -80,6 +85,7 @@ class ProxylessTrainer(Trainer):
         device, devices, strategy, precision: handed to Lightning Fabric; device None takes a GPU if there is one.
         log_frequency: steps between two lines of ``log.jsonl``; epochs are always logged.
         arc_learning_rate: of Adam with betas (0, 0.999) and no weight decay for the alphas.
+            ``mask_learning_rate``: for masks.
         applied_hardware: what ``'latency_ms'`` is: ``'this-machine'`` or ``'this-machine-onnxruntime'`` (every
             candidate is timed on the CPU, by PyTorch or ONNX Runtime); a latency table as a mapping or
             ``LatencyTable``, or the path of one as YAML or JSON; predictors of nn-Meter, by name
@@ -132,6 +138,7 @@ class ProxylessTrainer(Trainer):
         device: torch.device | str | None = None,
         log_frequency: int | None = None,
         arc_learning_rate: float = 1e-3,
+        mask_learning_rate: float = 1e-3,
         grad_reg_loss_type: Literal["mul#log", "add#linear"] | None = "add#linear",
         grad_reg_loss_params: Mapping[str, float | Mapping[str, float]] | None = None,
         applied_hardware: Hardware | None = None,
@@ -169,13 +176,19 @@ class ProxylessTrainer(Trainer):
             raise ConfigurationError(f"arch_every={arch_every!r}: an integer of at least 1 is needed")
         check_method(arch_method, grad_reg_loss_type, grad_reg_loss_params, reward, cost_exponent)
         check_estimator(rl_batch_size, baseline_decay)
-        self.choices = Choices(model, CostSources(cost, applied_hardware, missing), dummy_input, self._measured_once)
+        sources = CostSources(cost, applied_hardware, missing)
+        searched: Searched
+        if isinstance(model, SearchedNetwork):
+            _check_network(model, sources.names, arch_method)
+            searched = Masks(model)
+        else:
+            searched = Choices(model, sources, dummy_input, self._measured_once)
         super().__init__(
-            self.choices,
+            searched,
             loss=loss,
             metrics=metrics,
             optimizer=optimizer,
-            arch_optimizer=_arch_adam(arc_learning_rate),
+            arch_optimizer=_arch_adam(arc_learning_rate, mask_learning_rate, decisions(model)),
             num_epochs=num_epochs,
             dataset=dataset,
             arch_dataset=arch_dataset,
@@ -201,10 +214,10 @@ class ProxylessTrainer(Trainer):
         self.gates, self.rescale = BinaryGates(paths), rescale
         if normalize and ref_latency != DEFAULT_REFERENCE:
             raise ConfigurationError(f"normalize=True and ref_latency={ref_latency}: give one of them")
-        if ref_latency is None and self.costs.names:
+        if ref_latency is None and searched.names:
             raise ConfigurationError("ref_latency=None: a finite number is needed, or normalize=True")
         self.normalize = normalize
-        units = {name: self.costs.unit(name) for name in self.costs.names}
+        units = {name: searched.unit(name) for name in searched.names}
         references = None if normalize else ref_latency
         self.reward: Reward | None = None
         if arch_method == "reinforce":
@@ -215,14 +228,16 @@ class ProxylessTrainer(Trainer):
         self.cost_loss = CostLoss(grad_reg_loss_type, grad_reg_loss_params, references, units)
         self.rl_batch_size, self.baseline_decay = rl_batch_size, baseline_decay
         self.baseline: float | None = None
+        self.arch_parameters = arch_parameters(model)
 
     # ---- the algorithm -----------------------------------------------------------------------------------------
 
     def _weight_step(self, batch: Any) -> None:
-        self._update_weights(batch, BinaryGates(1))
+        with frozen_weights(self.arch_parameters):
+            self._update_weights(batch, BinaryGates(1))
 
     def _search_step(self, batch: Any) -> None:
-        self._update_weights(batch, BinaryGates(1))
+        self._weight_step(batch)
         if self._arch_step_due():
             step_of = self._arch_step if self.reward is None else self._reinforce_step
             step_of(self._next_arch_batch())
@@ -232,20 +247,25 @@ class ProxylessTrainer(Trainer):
         return done > 0 and done % self.arch_every == 0
 
     def _arch_step(self, batch: Any) -> None:
-        """One step of the alphas; the weights and the BatchNorm statistics stay."""
+        """One step of alphas and masks; the weights and the BatchNorm statistics stay."""
         self._set(self.gates)
         self.arch_optimizer.zero_grad(set_to_none=True)
         with frozen_weights(self.weights), frozen_statistics(self.norms):
             task, _, _ = self._forward(batch, self.arch_loss)
-            expected = self._expected_costs()
+            # Under the distribution that this step's gates have: in two-path mode the pair's own softmax.
+            expected = self.searched.step_costs()
             # The loss sees each cost as a variable of its own, so that both parts of alpha's gradient are known.
             variables = {name: cost.detach().requires_grad_() for name, cost in expected.items()}
             total = self.cost_loss(task, variables)
             self._check_finite({"arch_loss": total, "task_loss": task, **_named(expected)})
             self.fabric.backward(total)
-        share = _add_cost_gradient([d.alpha for d in self.decisions.values()], expected, variables)
-        self._average_gradients([d.alpha for d in self.decisions.values()])
+        learning = [parameter for parameter in self.arch_parameters if parameter.requires_grad]
+        share = _add_cost_gradient(learning, expected, variables)
+        for parameter in self.searched.idle():
+            parameter.grad = None
+        self._average_gradients(learning)
         self.arch_optimizer.step()
+        self.searched.clip_()
         if self.rescale:
             self._after_arch_step()
         self._note({"arch_loss": total, "cost_share": share, **_named(expected)})
@@ -254,7 +274,7 @@ class ProxylessTrainer(Trainer):
         """One step of the alphas by the rewards of sampled networks; the weights and the BatchNorm statistics stay."""
         assert self.reward is not None
         paths, measured = self._sampled_networks(batch)
-        costs = [{name: self.choices.cost_model(name).of(path) for name in self.costs.names} for path in paths]
+        costs = [{name: self.searched.cost_model(name).of(path) for name in self.searched.names} for path in paths]
         tasks = torch.tensor([self.reward.task(m) for m in measured], dtype=torch.float64)
         rewards = torch.tensor(
             [self.reward(m, c, self.cost_loss.references) for m, c in zip(measured, costs, strict=True)],
@@ -273,7 +293,7 @@ class ProxylessTrainer(Trainer):
         self.arch_optimizer.step()
         norms = torch.stack(of_task).sum(), torch.stack(of_cost).sum()
         share = norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
-        means = {f"{name}_sampled": sum(c[name] for c in costs) / len(costs) for name in self.costs.names}
+        means = {f"{name}_sampled": sum(c[name] for c in costs) / len(costs) for name in self.searched.names}
         noted = {"baseline": self.baseline, **means}
         in_full = {name: torch.tensor(value, dtype=torch.float64) for name, value in noted.items()}
         self._note({"reward": rewards.mean(), "cost_share": share, **in_full})
@@ -301,13 +321,6 @@ class ProxylessTrainer(Trainer):
             numbers = mean
         return dict(zip(found, numbers.tolist(), strict=True))
 
-    def _expected_costs(self) -> dict[str, Tensor]:
-        """E under the distribution that this step's gates have: in two-path mode the pair's own softmax."""
-        if not self.costs.names:
-            return {}
-        probabilities = {label: decision.probabilities() for label, decision in self.decisions.items()}
-        return {name: self.choices.cost_model(name).soft(probabilities) for name in self.costs.names}
-
     def _cost_references(self) -> Mapping[str, float]:
         return self.cost_loss.references
 
@@ -318,8 +331,7 @@ class ProxylessTrainer(Trainer):
                 f"no arch step would be made: {self.num_epochs} search epochs of {self.steps_per_epoch} steps"
                 f"{', the first one without' if self.skip_first_epoch else ''}, and one every {self.arch_every} steps"
             )
-        uniform = {k: torch.full((len(d.options),), 1 / len(d.options)) for k, d in self.decisions.items()}
-        at_start = {name: self.choices.cost_model(name).soft(uniform) for name in self.costs.names}
+        at_start = self.searched.uniform_costs()
         if self.normalize:
             self.cost_loss.refer_to({name: float(cost) for name, cost in at_start.items()})
         measured = self.costs.measures and self.fabric.is_global_zero
@@ -332,7 +344,7 @@ class ProxylessTrainer(Trainer):
 
     def _check_reward(self, reward: Reward) -> None:
         for name, exponent in reward.exponents.items():
-            cost = self.choices.cost_model(name)
+            cost = self.searched.cost_model(name)
             if exponent and isinstance(cost, CostModel) and not cost_range(cost)[0] > 0:
                 raise ConfigurationError(
                     f"cost {name!r}: the smallest network costs {cost_range(cost)[0]:g} {cost.unit}, and "
@@ -366,9 +378,30 @@ class ProxylessTrainer(Trainer):
         self.baseline = state["baseline"]
 
 
-def _arch_adam(lr: float) -> Callable[[list[nn.Parameter]], Optimizer]:
+def _arch_adam(
+    lr: float, of_masks: float, choices: Mapping[str, Decision]
+) -> Callable[[list[nn.Parameter]], Optimizer]:
     # The first beta is 0, as in the paper's code: with momentum a pair would drift on in steps it is not drawn in.
-    return lambda alphas: torch.optim.Adam(alphas, lr=lr, betas=(0.0, 0.999), weight_decay=0.0)
+    def adam(parameters: list[nn.Parameter]) -> Optimizer:
+        ids = {id(d.alpha) for d in choices.values() if d.members[0].decided is None}
+        alphas = [p for p in parameters if id(p) in ids]
+        masks = [p for p in parameters if id(p) not in ids]
+        groups = [{"params": alphas, "lr": lr}, *([{"params": masks, "lr": of_masks}] if masks else [])]
+        return torch.optim.Adam(groups, betas=(0.0, 0.999), weight_decay=0.0)
+
+    return adam
+
+
+def _check_network(network: SearchedNetwork, costs: Sequence[str], method: str) -> None:
+    if costs:
+        raise ConfigurationError(f"costs {costs}: the network has its own; PIT(model, ..., cost=...) sets them")
+    if not network.choices:
+        raise UnsupportedModelError("ProxylessTrainer: the network has no choices; search its masks with PITTrainer")
+    if method == "reinforce":
+        raise ConfigurationError(
+            f"arch_method='reinforce': a {type(network).__name__} has masks, which only a gradient trains; hand over "
+            "the network with its choices, or search with arch_method='gradient'"
+        )
 
 
 def _add_cost_gradient(

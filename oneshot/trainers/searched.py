@@ -84,6 +84,14 @@ class Searched(ABC):
         """Each cost of the run as this step has it, 0-dim, differentiable: of the masks, or expected by the gates."""
 
     @abstractmethod
+    def uniform_costs(self) -> dict[str, Tensor]:
+        """Each cost of the run if all options of every choice are equally probable, under the masks of now."""
+
+    @abstractmethod
+    def unit(self, name: str) -> str:
+        """The unit of a cost of the run."""
+
+    @abstractmethod
     def reachable(self, names: Collection[str]) -> dict[str, tuple[float, float]]:
         """The smallest and largest value of these costs, at least of these."""
 
