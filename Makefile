@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/search_mnist.py --out runs/demo
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from oneshot import (
     PIT,
@@ -386,3 +387,174 @@ def test_copies_are_independent(image: Tensor) -> None:
     assert all(p.grad is None for p in network.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     assert all(id(a) != id(b) for a in network.weight_masks.of_module for b in other.weight_masks.of_module)
+
+
+def test_one_choice_in_the_trunk_and_inside_a_candidate(image: Tensor) -> None:
+    """The masks of the shared choice hold in both of its calls, whatever was called between them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+            self.shared = LayerChoice([inner, nn.Conv2d(4, 4, 1)], label="shared")
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.outer = LayerChoice([nn.Sequential(self.shared, nn.ReLU()), nn.Identity()], label="outer")
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.shared(torch.relu(self.stem(x)))
+            return self.shared(self.outer(x)).mean((2, 3))
+
+    torch.manual_seed(0)
+    network = PIT(Net().double(), (3, 6, 6))
+    network.masks["shared.candidates.0.0"].keep([1, 4])
+    network.train()(image).sum().backward()
+    alpha = network.masks["shared.candidates.0.0"].alpha
+    assert alpha.grad is not None
+    assert alpha.grad.count_nonzero() >= 4  # ReLU leaves some channel dead
+    for outer in (0, 1):
+        network.decide({**network.arch(), "outer": outer, "shared": 0})
+        small = network.export().eval()  # compared on the way
+        assert small(image).shape == (2, 4)
+
+
+def test_one_module_in_the_trunk_and_as_a_candidate(image: Tensor) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.block = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+            nested = LayerChoice([self.block, nn.Identity()], label="inner")
+            self.outer = LayerChoice([self.block, nested, nn.Sequential(self.block, nn.ReLU())], label="outer")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(self.block(self.stem(x))).mean((2, 3))
+
+    torch.manual_seed(0)
+    network = PIT(Net().double(), (3, 6, 6), cost="params")
+    network.masks["block.0"].keep([0, 5])
+    for sampler in (Softmax(), BinaryGates("all"), GumbelSoftmax(hard=True)):
+        set_sampler(network.choices, sampler)
+        draw(network.choices, torch.Generator().manual_seed(0))
+        network.zero_grad(set_to_none=True)
+        network.train()(image).sum().backward()
+        assert all(p.grad_fn is None for p in network.network.block.parameters())  # put back
+    set_sampler(network.choices, Softmax())
+    for outer, inner in itertools.product(range(3), range(2)):
+        network.decide({**network.arch(), "outer": outer, "inner": inner})
+        assert sum(p.numel() for p in network.export().parameters()) == network.hard_cost("params")
+
+
+def test_widths_one_apart() -> None:
+    pool = LayerChoice([nn.Conv2d(3, 4, 1), nn.Conv2d(3, 5, 1)], label="pool")
+    for kind in (PIT, SuperNet):
+        network = kind(nn.Sequential(pool, nn.ReLU(), nn.Conv2d(5, 2, 1)), (3, 6, 6))
+        network.decide({**network.arch(), "pool": 0})
+        assert network.hard_cost("params") == 16 + 8 + 2
+        assert tuple(network.export()[2].weight.shape) == (2, 4, 1, 1)
+        network.decide({**network.arch(), "pool": 1})
+        assert network.hard_cost("params") == 20 + 10 + 2
+
+
+def test_what_an_exception_in_a_candidate_leaves(image: Tensor) -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fails = nn.Conv2d(4, 4, 3, padding=1), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            if self.fails:
+                raise ValueError("on purpose")
+            return y
+
+    torch.manual_seed(0)
+    pool = LayerChoice([Fails(), nn.Identity()], label="pool")
+    network = PIT(nn.Sequential(nn.Conv2d(3, 4, 1), pool, nn.Conv2d(4, 2, 1)).double(), (3, 6, 6))
+    before = dict(network.named_parameters())
+    network.network[1][0].fails = True
+    with pytest.raises(ValueError, match="on purpose"):
+        network(image)
+    assert all(p is before[name] for name, p in network.named_parameters())
+    assert not network.weight_masks.in_place
+    network.network[1][0].fails = False
+    network(image).sum().backward()
+
+
+def test_numbers_of_choices_are_not_sizes() -> None:
+    """A mask that makes 2 of something 1 leaves option 2 of a choice and depth 2 of a Repeat."""
+    pool = LayerChoice([nn.Conv2d(2, 2, 1), nn.Identity(), nn.Conv2d(2, 2, 3, padding=1, groups=2)], label="pool")
+    deep = Repeat([nn.Conv2d(2, 2, 1, groups=2) for _ in range(3)], depth=(0, 3), label="depth")
+    network = PIT(nn.Sequential(nn.Conv2d(3, 2, 1), pool, deep, nn.Conv2d(2, 4, 1)), (3, 6, 6))
+    network.masks["0"].keep([1])
+    for option, depth in itertools.product(range(3), range(4)):
+        small = fixed(network, {**network.arch(), "pool": option, "depth": depth})
+        assert isinstance(small[1], nn.Identity) == (option == 1)
+        assert len(small[2]) == depth
+
+
+def test_a_label_that_a_dilation_has() -> None:
+    pool = LayerChoice([nn.Identity(), nn.ReLU()], label="0.dilation")
+    with pytest.raises(ArchMismatchError, match=r"\['0.dilation'\] name a choice and"):
+        PIT(nn.Sequential(nn.Conv1d(3, 6, 5, padding=2), pool, nn.Conv1d(6, 2, 1)), (3, 8))
+
+
+def test_the_summary_of_a_narrow_candidate() -> None:
+    pool = LayerChoice([nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1)], label="pool")
+    network = PIT(nn.Sequential(pool, nn.Conv2d(8, 2, 1)), (3, 6, 6))
+    network.decide({**network.arch(), "pool": 0})
+    assert network.summary()["1"]["in_channels"] == 4
+    network.decide({**network.arch(), "pool": 1})
+    assert network.summary()["1"]["in_channels"] == 8
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(1, 3), (8, 9), (1, 2)])
+def test_narrow_widths(narrow: int, wide: int) -> None:
+    pool = LayerChoice([nn.Conv2d(3, narrow, 1), nn.Conv2d(3, wide, 1)], label="pool")
+    network = SuperNet(nn.Sequential(pool, nn.Conv2d(wide, 2, 1)), (3, 6, 6))
+    network.decide({"pool": 0})
+    assert network.hard_cost("params") == 4 * narrow + 2 * narrow + 2
+    assert network.export()[1].in_channels == narrow
+
+
+def test_a_narrow_identity_of_the_input() -> None:
+    """What the convolution adds to the three channels of the image goes with it: 12 + 4 of weights, 8 of the reader."""
+    pool = LayerChoice([nn.Identity(), nn.Conv2d(3, 8, 1)], label="pool")
+    network = SuperNet(nn.Sequential(pool, nn.Conv2d(8, 2, 1)), (3, 6, 6))
+    for option, width in ((0, 3), (1, 8)):
+        network.decide({"pool": option})
+        assert network.hard_cost("params") == 2 * width + 2 + option * 32
+        assert network.export()[1].in_channels == width
+
+
+def test_units_that_are_dead_for_one_input() -> None:
+    for n in range(3, 13):
+        pool = LayerChoice([nn.Sequential(nn.Linear(n, w), nn.ReLU()) for w in (8, 10)], label="pool")
+        SuperNet(nn.Sequential(pool, nn.Linear(10, 2)), (n,))
+        assert list(PIT(nn.Sequential(nn.Linear(n, 2), nn.ReLU(), nn.Linear(2, 8)), (n,)).masks) == ["0"]
+
+
+def test_checkpointing_that_asks_for_a_gradient_first() -> None:
+    class Frugal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.conv, x, use_reentrant=False) if x.requires_grad else self.conv(x)
+
+    pool = LayerChoice([Frugal(), nn.Identity()], label="pool")
+    with pytest.raises(UnsupportedModelError, match="activation checkpointing"):
+        PIT(nn.Sequential(nn.Conv2d(3, 4, 1), pool, nn.Conv2d(4, 2, 1)), (3, 6, 6))
+
+
+@pytest.mark.parametrize("sampler", [Softmax(), GumbelSoftmax(), UniformPath()])
+def test_a_compiled_supernet_is_one_graph(sampler: Sampler) -> None:
+    torch.manual_seed(0)
+    pool = LayerChoice([nn.Conv2d(4, 4, 3, padding=1), nn.Identity()], label="pool")
+    network = SuperNet(nn.Sequential(nn.Conv2d(3, 4, 1), pool, nn.Flatten(), nn.Linear(144, 2)), (3, 6, 6))
+    set_sampler(network.choices, sampler)
+    draw(network.choices, torch.Generator().manual_seed(0))
+    x = torch.rand(2, 3, 6, 6)
+    expected = network(x)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), expected, atol=1e-5)

@@ -242,3 +242,12 @@ def test_masks_need_no_choices_and_choices_no_masks() -> None:
     plain = PITSuperNet(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), (4,))
     assert plain.choices == {}
     assert plain.get_total_icv().item() == 0
+
+
+def test_costs_before_the_first_forward_and_a_trainer_with_the_same_settings() -> None:
+    net = SuperNet(SimpleSuperNet(), (32, 4, 4), gumbel_softmax=True)
+    assert net.cost.item() > 0
+    mine = Softmax(1.0)
+    set_sampler(net.choices, mine)
+    net.train()(torch.rand(1, 32, 4, 4))
+    assert net.choices["conv"].sampler is mine

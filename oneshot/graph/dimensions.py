@@ -242,9 +242,13 @@ class Finder:
 
     def _padded(self, way: Labelled, dim: int, width: int) -> Labelled:
         """Zeros behind the indices of ``dim``: units of nothing, until they meet those of a wider option."""
-        found = []
-        for label in way.labels:
-            if dim in dims_of(label) and label.shape[dim] < width:
+        found, labels, before = [], way.labels, way.shape[dim]
+        if not any(dim in dims_of(label) for label in labels) and before < width:
+            # Of the network's input, say: nothing can be cut of what there is, but there is no more than that.
+            shape = [n if d == dim else 1 for d, n in enumerate(way.shape)]
+            labels = (*labels, torch.zeros(shape, dtype=torch.int64))
+        for label in labels:
+            if label.shape[dim] == before < width and (before > 1 or label is labels[-1]):
                 shape = [width - n if d == dim else n for d, n in enumerate(label.shape)]
                 new = torch.from_numpy(self.labels.units.fresh(math.prod(shape))).reshape(shape)
                 label = torch.cat([label, new], dim)
@@ -271,10 +275,11 @@ class Finder:
         taken: set[str] = set()
         unit_of = np.full(len(units.parents), -1)
         count = 0
+        optional = self._optional()
         for roots in never_empty(members.alike(), self._pieces(set(members.roots.tolist()))):
             dimensions = {self.names[place]: torch.from_numpy(rows) for place, rows in members.of(roots).items()}
             masked = frozenset(d for d in dimensions if d in columns)
-            if not masked or len(roots) < 2:
+            if not masked or (len(roots) < 2 and roots[0] not in optional):
                 reason = "one unit, which has to stay" if masked else "nothing that runs sums over it"
                 frozen.update({d: reason for d in dimensions if d not in frozen})
                 continue
@@ -322,6 +327,15 @@ class Finder:
             roots = units.roots(self._atoms(place))
             if bool((roots == roots[0]).all()):
                 units.freeze(roots[:1], f"one unit is the whole of {self.names[place]}")
+
+    def _optional(self) -> set[int]:
+        """The units that only the wider options of a choice have: these may go even where there is one of them."""
+        found: set[int] = set()
+        for widened in self.widened:
+            for label in widened.labels:
+                of_places = np.moveaxis(self.labels.units.roots(label.numpy()), widened.dim, 0)
+                found.update(np.unique(of_places[min(widened.widths.values()) :]).tolist())
+        return found
 
     def _columns(self) -> set[Dimension]:
         starts = np.asarray(self.starts)

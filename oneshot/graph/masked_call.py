@@ -40,8 +40,17 @@ def masked_call(
         shape = [1] * weight.dim()
         shape[dimension.dim] = -1
         masked[dimension.name] = weight * factor.to(weight.dtype).reshape(shape)
-    replaced = {alias: weight for name, weight in masked.items() for alias in names[name]}
+    replaced = {alias: weight for name, weight in masked.items() for alias in _places(model, names[name])}
     return functional_call(model, replaced, tuple(args), dict(kwargs or {}), tie_weights=False)
+
+
+def _places(model: nn.Module, aliases: Sequence[str]) -> list[str]:
+    """One of the names for each place: a module that stands at two paths would be put back as it was in between."""
+    found: dict[tuple[int, str], str] = {}
+    for alias in aliases:
+        path, _, leaf = alias.rpartition(".")
+        found.setdefault((id(model.get_submodule(path)), leaf), alias)
+    return list(found.values())
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

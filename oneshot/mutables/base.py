@@ -155,10 +155,6 @@ class Mutable(AlphaModule, ABC):
     def signature(self) -> tuple[Hashable, ...]:
         """What is offered under which name, JSON-ready; the same for all mutables of one label."""
 
-    def alone(self) -> None:
-        """No network around it wants anything done around its options."""
-        self.entering = _nothing
-
     def gate(self) -> Gate:
         """The gate of this forward."""
         return self.sampler.gate(self.alpha, self.drawn)  # type: ignore[arg-type]

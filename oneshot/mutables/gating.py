@@ -59,6 +59,8 @@ def combine(gate: Gate, evaluate: Evaluate, inputs: Sequence[Tensor], describe: 
 
 def _mixed(weights: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     dtype = reduce(torch.promote_types, (output.dtype for output in outputs))
+    if torch.compiler.is_compiling():  # which fuses single operators by itself
+        return reduce(torch.add, (w.to(dtype) * output for w, output in zip(weights, outputs, strict=True)))
     mixed: Tensor = _Mixture.apply(weights, *(output.to(dtype) for output in outputs))
     return mixed
 
@@ -169,6 +171,8 @@ def unchanged(tensors: Sequence[Tensor], name: Callable[[], str]) -> Iterator[No
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    if torch.compiler.is_compiling():  # which follows what is written where by itself
+        return []
     return [0 if t.is_inference() else t._version for t in tensors]
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
 
 from ..cost.counts import one_sample
 from ..errors import ConfigurationError, UnsupportedModelError
@@ -259,6 +260,9 @@ def _programs(network: nn.Module, args: Sequence[Any]) -> tuple[Sequence[Any], l
     try:
         with NoDropout(), _watched(torch.utils.checkpoint.__file__, calls):
             programs.append(trace_operators(in_training, args, training=True))
+            with evaluated(in_training, EveryPath(), training=True), torch.enable_grad():
+                # Some check whether there is a gradient to compute before they do.
+                in_training(*pytree.tree_map_only(Tensor, _with_gradient, list(args)))
     except UnsupportedModelError:
         # BatchNorm does not train on one number per channel. What runs in eval mode is what is exported.
         return samples, programs
@@ -269,6 +273,11 @@ def _programs(network: nn.Module, args: Sequence[Any]) -> tuple[Sequence[Any], l
             "it off"
         )
     return samples, programs
+
+
+def _with_gradient(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().clone()
+    return tensor.requires_grad_() * 1 if tensor.is_floating_point() else tensor  # no leaf: it may be written into
 
 
 @contextmanager

@@ -67,6 +67,7 @@ class SearchedNetwork(SearchModel):
         name = type(self).__name__
         self._flat_of_step: tuple[FlatMasks, list[int]] | None = None
         self._own_sampler: Softmax | GumbelSoftmax | None = None
+        self._quiet = Softmax()
         self.discrete_cost, self.ignore = False, ignore
         check_model(model, name)
         self.network = copied(model)
@@ -77,11 +78,11 @@ class SearchedNetwork(SearchModel):
         self.choices: dict[str, Decision] = decisions(self.network)
         if not self.space.labels and not self.choices:
             raise UnsupportedModelError(_nothing(model, self.space, plan))
-        check_labels(list(self.choices), self.space.labels)
         self.masks = MaskSet(self.space.channels, self.space.kernels, own)
         self._searched = {label for label in self.masks if plan.autoconvert or label in own}
         # What is there only because candidates differ in their widths is no decision of its own.
         self._decided = [label for label in self.masks if label in self._searched or label not in self.space.presence]
+        check_labels(list(self.choices), self._decided)
         self._trained = {ChannelMask: True, KernelMask: True, DilationMask: True}
         self._train_selection = True
         shapes = shapes_of(self.network)
@@ -249,19 +250,20 @@ class SearchedNetwork(SearchModel):
         the gradient of the soft weights. Trainers set their own samplers, after which these options are off.
         """
         now = self._own_sampler or Softmax()
-        self._own_sampler = sampler_of(
+        sampler = self._own_sampler = sampler_of(
             now.temperature if temperature is None else temperature,
             gumbel=isinstance(now, GumbelSoftmax) if gumbel is None else gumbel,
             hard=now.hard if hard is None else hard,
         )
-        set_sampler(self.choices, self._own_sampler)
+        self._quiet = Softmax(sampler.temperature, sampler.hard)
+        set_sampler(self.choices, sampler)
+        draw(self.choices)
 
     def _sample(self, sampler: Softmax | GumbelSoftmax) -> None:
         """A new draw of the own sampler; nothing once another one has been set."""
         held = [decision.sampler for decision in self.choices.values()]
-        quiet = Softmax(sampler.temperature, sampler.hard)
-        if all(one in (sampler, quiet) for one in held):
-            set_sampler(self.choices, sampler if self.training else quiet)
+        if all(one is sampler or one is self._quiet for one in held):
+            set_sampler(self.choices, sampler if self.training else self._quiet)
             draw(self.choices)
 
     def get_total_icv(self, eps: float = 1e-3) -> Tensor:
@@ -433,12 +435,14 @@ class SearchedNetwork(SearchModel):
 
     def _plain(self, renumber: bool = True) -> nn.Module:
         """The network that this one stands for now, not compared with it."""
+        rewriter, absent = self._rewriter(), self._absent()
+        small = cut_network(self.space, self.masks, self.network, renumber=renumber, rewriter=rewriter, absent=absent)
+        return without_choices(small, self._indices()) if self.choices else small
+
+    def _absent(self) -> list[str]:
+        """The axes of candidates that are wider than what is decided for now."""
         indices = self._indices()
-        absent = [label for label, presence in self.space.presence.items() if not holds(presence, indices)]
-        small = cut_network(
-            self.space, self.masks, self.network, renumber=renumber, rewriter=self._rewriter(), absent=absent
-        )
-        return without_choices(small, indices) if self.choices else small
+        return [label for label, presence in self.space.presence.items() if not holds(presence, indices)]
 
     def _compare(self, small: nn.Module, examples: Sequence[Sequence[Any]]) -> None:
         """ExportError unless a cut of this network computes what it does."""
@@ -493,6 +497,8 @@ class SearchedNetwork(SearchModel):
     def summary(self) -> dict[str, dict[str, Any]]:
         """Layer with searched dimensions -> its type and sizes in the network that would be exported now."""
         flat = self.masks().hard.detach().cpu() > 0
+        for label in self._absent():
+            flat[self.masks.start(label) : self.masks.start(label) + len(self.masks[label].alpha)] = False
         sizes = {d: int(flat[place].sum()) for d, place in self.masks.places(shapes_of(self.network)).items()}
         decided = self.masks.decisions()
         dilations = {k.weight: decided[k.dilation_label] for k in self.space.kernels if k.dilated}

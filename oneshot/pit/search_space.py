@@ -16,7 +16,7 @@ from ..graph.cut import cut
 from ..graph.dimensions import Dimension, Dimensions
 from ..graph.masked_call import masked_call, names_of_parameters
 from ..graph.rewrite import Rewriter
-from ..mutables import LayerChoice
+from ..mutables import LayerChoice, Mutable
 from .axes import ChannelAxis, KernelAxis
 from .mask_set import MaskSet
 from .presence import Presence
@@ -153,7 +153,7 @@ def _of_modules(model: nn.Module, numbers: Mapping[str, Mapping[int, int]]) -> d
 
 
 def _has_number(module: nn.Module, number: int) -> bool:
-    if type(module).__module__.startswith("torch.nn.modules"):
-        return False
+    if type(module).__module__.startswith("torch.nn.modules") or isinstance(module, Mutable):
+        return False  # the numbers of a choice are those of its options
     values = [v for value in vars(module).values() for v in (value if type(value) in (list, tuple) else [value])]
     return any(type(value) is int and value == number for value in values)

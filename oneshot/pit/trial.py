@@ -29,6 +29,7 @@ __all__ = ["NoDropout", "check_widths", "confirmed"]
 
 _ALLOWED = {torch.float64: 1e-10}
 _LOOSE = 1e-3
+_TRIES = 6
 _DROPOUTS = frozenset(
     getattr(owner, name)
     for owner in (F, torch)
@@ -127,7 +128,7 @@ class _Trial:
         masks = MaskSet(space.channels, space.kernels)
         for axis in space.channels:
             most = axis.units - 1  # a single unit is tried in the round of the smallest networks, for itself
-            kept = axis.least if smallest else self._number(min(2, most), most)
+            kept = axis.least if smallest else max(1, self._number(min(2, most), most))
             masks[axis.label].keep(_some(axis, kept, self.generator))
         for kernel in space.kernels:
             size = 1 if smallest else self._number(1, kernel.taps - 1)
@@ -242,14 +243,15 @@ class _Trial:
             return {}
         space = space.only([axis.label for axis in space.channels])
         masks = MaskSet(space.channels, ()).to(next(self.model.parameters()).dtype)
-        effects = [self._run(self.model, mode, partial(self._effect, space, masks)) for mode in self.modes]
-        gradient = torch.stack(effects).abs().sum(0)
-        reasons = {}
-        for axis in space.channels:
-            start = masks.start(axis.label)
-            if not bool(gradient[start : start + axis.units].any()):
-                reasons[axis.label] = "the outputs do not depend on it"
-        return reasons
+        left = list(space.channels)
+        for _ in range(_TRIES):  # with other weights each time: a unit may be dead for one input
+            effects = [self._run(self.model, mode, partial(self._effect, space, masks)) for mode in self.modes]
+            gradient = torch.stack(effects).abs().sum(0)
+            left = [axis for axis in left if not bool(gradient[masks.start(axis.label) :][: axis.units].any())]
+            if not left:
+                break
+            randomize(self.model, self.generator)
+        return {axis.label: "the outputs do not depend on it" for axis in left}
 
     def _effect(self, space: SearchSpace, masks: MaskSet, args: Sequence[Any]) -> Tensor:
         """The derivative of a random sum of the outputs by the flat vector."""

@@ -113,7 +113,8 @@ class MaskedWeights(nn.Module):
                 name: [(network.get_submodule(path), leaf) for path, _, leaf in (a.rpartition(".") for a in aliases)]
                 for name, aliases in names.items()
             }
-            inside = {name: [owner for owner in of_one if owner[0] in modules] for name, of_one in owned.items()}
+            # Each place once: a module may stand at several paths.
+            inside = {name: list(dict.fromkeys(o for o in of_one if o[0] in modules)) for name, of_one in owned.items()}
             own = [dimension for dimension in columns if inside[dimension.name]]
             ranks = {name: tensor.dim() for name, tensor in tensors.items()}
             masks = WeightMasks(places, own, ranks, one) if own else None
@@ -122,8 +123,9 @@ class MaskedWeights(nn.Module):
         for root in [root for root, scope in self.of_module.items() if not self._has_masks(scope)]:
             del self.of_module[root]
         self.scopes = nn.ModuleList(self.of_module.values())
+        self.root = (network,)  # in a tuple: the network is no part of this one
         self.entered: set[nn.Module] = set()
-        self.is_running = False
+        self.in_place: set[tuple[int, str]] = set()
 
     def _has_masks(self, scope: Scope) -> bool:
         """In itself, or in what its choices call."""
@@ -142,19 +144,43 @@ class MaskedWeights(nn.Module):
         if scope is None:
             yield
             return
+        is_root = module is self.root[0]
+        if is_root and self.in_place:
+            raise RuntimeError(
+                "a PIT network is called while another call of it runs, in another thread or from inside"
+            )
         if torch.is_grad_enabled():  # else, in a backward pass, a candidate runs that has no part in the output
-            self.entered = {*self.entered, module} if self.is_running else {module}
-        masked, outside = scope.masked(hard), not self.is_running
-        self.is_running = True
+            self.entered = {module} if is_root else {*self.entered, module}
+        around = [mutable.entering for mutable in scope.mutables]
         try:
             for mutable in scope.mutables:
                 mutable.entering = partial(self.entering, hard=hard)
-            with _in_place(scope.owners, masked):
+            with self._placed(scope, hard):
                 yield
         finally:
-            self.is_running = not outside
-            for mutable in scope.mutables:
-                mutable.alone()
+            for mutable, before in zip(scope.mutables, around, strict=True):
+                mutable.entering = before
+
+    @contextmanager
+    def _placed(self, scope: Scope, hard: Tensor) -> Iterator[None]:
+        """Masked tensors in the place of parameters: ``torch.func.functional_call``, without looking the names up."""
+        before: list[tuple[dict[str, Any], str, Any]] = []
+        own: list[tuple[int, str]] = []
+        try:
+            for places, tensor in zip(scope.owners, scope.masked(hard), strict=True):
+                for owner, leaf in places:
+                    held, key = _held(owner, leaf), (id(owner), leaf)
+                    if key in self.in_place:  # what is called here stands around it too, with the same mask
+                        continue
+                    before.append((held, leaf, held[leaf]))
+                    own.append(key)
+                    held[leaf] = tensor
+            self.in_place.update(own)
+            yield
+        finally:
+            for held, leaf, tensor in before:
+                held[leaf] = tensor
+            self.in_place.difference_update(own)
 
 
 def _parts(network: nn.Module) -> dict[nn.Module, tuple[set[nn.Module], list[Mutable]]]:
@@ -186,23 +212,6 @@ def _called(mutable: Mutable) -> list[nn.Module]:
     if isinstance(mutable, Repeat):
         return list(mutable.blocks)
     return list(mutable) if isinstance(mutable, LayerChoice) else []
-
-
-@contextmanager
-def _in_place(owners: Sequence[Sequence[Owner]], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Other tensors in the place of parameters: ``torch.func.functional_call``, without looking the names up."""
-    before = [_held(owner, leaf)[leaf] for (owner, leaf), *_ in owners]
-    if any(tensor.grad_fn is not None for tensor in before):
-        raise RuntimeError("a PIT network is called while another call of it runs, in another thread or from inside")
-    try:
-        for places, tensor in zip(owners, tensors, strict=True):
-            for owner, leaf in places:
-                _held(owner, leaf)[leaf] = tensor
-        yield
-    finally:
-        for places, tensor in zip(owners, before, strict=True):
-            for owner, leaf in places:
-                _held(owner, leaf)[leaf] = tensor
 
 
 def _held(owner: nn.Module, leaf: str) -> dict[str, Any]:
