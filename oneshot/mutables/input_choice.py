@@ -36,8 +36,8 @@ class InputChoice(Mutable):
     >>> choice = InputChoice(n_candidates=3, n_chosen=2)
     >>> choice.options
     ((0, 1), (0, 2), (1, 2))
-    >>> choice([torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([6.0])])  # (3 + 7 + 8) / 3
-    tensor([6.], grad_fn=<AddBackward0>)
+    >>> choice([torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([6.0])]).item()  # (3 + 7 + 8) / 3
+    6.0
     """
 
     def __init__(

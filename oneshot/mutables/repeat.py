@@ -27,8 +27,8 @@ class Repeat(Mutable):
     >>> class AddOne(nn.Module):
     ...     def forward(self, x: Tensor) -> Tensor:
     ...         return x + 1
-    >>> Repeat(lambda i: AddOne(), depth=(3, 5))(torch.zeros(1))  # uniform alpha: (3 + 4 + 5) / 3
-    tensor([4.], grad_fn=<AddBackward0>)
+    >>> Repeat(lambda i: AddOne(), depth=(3, 5))(torch.zeros(1)).item()  # uniform alpha: (3 + 4 + 5) / 3
+    4.0
     """
 
     def __init__(

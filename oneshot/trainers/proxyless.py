@@ -393,10 +393,10 @@ def _arch_adam(
 
 
 def _check_network(network: SearchedNetwork, costs: Sequence[str], method: str) -> None:
-    if costs:
-        raise ConfigurationError(f"costs {costs}: the network has its own; PIT(model, ..., cost=...) sets them")
     if not network.choices:
         raise UnsupportedModelError("ProxylessTrainer: the network has no choices; search its masks with PITTrainer")
+    if costs:
+        raise ConfigurationError(f"costs {costs}: the network has its own; PIT(model, ..., cost=...) sets them")
     if method == "reinforce":
         raise ConfigurationError(
             f"arch_method='reinforce': a {type(network).__name__} has masks, which only a gradient trains; hand over "
