@@ -558,3 +558,32 @@ def test_a_compiled_supernet_is_one_graph(sampler: Sampler) -> None:
     expected = network(x)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x), expected, atol=1e-5)
+
+
+def test_numbers_in_the_code_around_choices() -> None:
+    """Such a network becomes a graph, in which they change with the masks; choices stay modules in it."""
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.q, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Linear(144, 4)
+            self.pool = LayerChoice([nn.Conv2d(8, 8, 3, padding=1), nn.Identity()], label="pool")
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            y, z = self.pool(x[:, :8]), self.q(x[:, 8:])
+            return self.head(torch.cat([y, z], 1).view(-1, 144))
+
+    torch.manual_seed(0)
+    network = PIT(Sliced().double(), (3, 3, 3), cost="params")
+    assert network.space.as_graph
+    halved = {label: kept[::2] if isinstance(kept, list) else kept for label, kept in network.arch().items()}
+    # a: 8 channels of 27 + 1; q: 4 channels of 4 + 1; head: 4 of 72 + 1; pool: 4 channels of 36 + 1, or nothing
+    for option, extra in ((0, 148), (1, 0)):
+        network.decide({**halved, "pool": option})
+        small = network.export()
+        assert sum(p.numel() for p in small.parameters()) == network.hard_cost("params") == 224 + 20 + 292 + extra
+    set_sampler(network.choices, BinaryGates(2))
+    draw(network.choices, torch.Generator().manual_seed(0))
+    network.train()(torch.rand(2, 3, 3, 3, dtype=torch.float64)).sum().backward()
+    assert network.masks["a"].alpha.grad is not None

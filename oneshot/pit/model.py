@@ -28,6 +28,10 @@ class PIT(SearchedNetwork):
     What is cut together is found by following the operators that run, and confirmed by a trial cut; ``report()`` says
     for every dimension whether it is searched, with which others, or why not.
 
+    ``model`` may hold LayerChoice, InputChoice and Repeat: their alphas are searched with the masks, and costs are
+    expected over them. What several candidates return has one mask, what lies inside a candidate masks of its own; how
+    wide outputs of candidates may differ is said in ``SuperNet``. A candidate that does not run is not touched.
+
     Training takes three lines of a loop of one's own: ``loss = task(pit(x), y) + strength * pit.get_cost("params")``,
     ``loss.backward()``, ``optimizer.step()``. Give the masks an optimizer group of their own without weight decay,
     ``pit.nas_parameters()``. At its next forward in train mode the network clips them to [0, 1].
@@ -41,12 +45,13 @@ class PIT(SearchedNetwork):
         regularizer: ``'size'`` (weights without biases) or ``'macs'``, for ``get_regularization_loss()``.
         train_features, train_rf, train_dilation: whether masks of channels, kernel sizes and dilations learn.
         exclude: layers whose outputs stay as they are, with all that is coupled to them: paths, patterns, types.
-        granularity: channel counts are a multiple of this; or pattern of layers -> multiple.
+        granularity: channel counts are a multiple of this; or pattern of layers -> multiple. Of a layer whose channels
+            fall into several masks (concatenated, or of candidates of different widths), each of them for itself.
         discrete_cost: the gradient of a cost is taken at the network that would be exported, instead of at the relaxed
             sizes. The value is that of the former in both cases. With relaxed sizes, a channel whose alpha has sunk to
             0.6 makes its neighbours cheaper already; with discrete ones, only once it is gone.
         ignore: as in ``oneshot.count``: modules whose own parameters cost no operation.
-        autoconvert_layers: search every layer; False: only the masks that the network was written with.
+        autoconvert_layers: search every layer; False: only the masks and choices that the network was written with.
 
     Raises ConfigurationError without a shape, or for a cost or an entry of ``exclude`` that does not exist;
     UnsupportedModelError for a model that does not run on the input, or in which nothing can be searched.

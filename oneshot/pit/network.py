@@ -376,7 +376,10 @@ class SearchedNetwork(SearchModel):
         return {**of_choices, **{label: of_masks[label] for label in self._decided}}
 
     def decide(self, arch: Mapping[str, Any]) -> None:
-        """Set masks and choices to an architecture; ArchMismatchError, with nothing changed, if it is none of these."""
+        """Set masks and choices to an architecture; ArchMismatchError, with nothing changed, if it is none of these.
+
+        The logits of choices become 50 and 0: to search on from there, make them smaller.
+        """
         indices, of_masks = self._checked(arch)
         self.masks.decide(of_masks)
         set_choices(self.choices, indices)
