@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from oneshot import PIT, InputChoice, LayerChoice, PITSuperNet, PITSuperNetModule, Softmax, SuperNet, set_sampler
 from oneshot.errors import ConfigurationError, UnsupportedModelError
 from oneshot.graph import evaluated
+from search_spaces.mlperf_tiny import dscnn_supernet, mobilenet_v1_supernet, resnet8_supernet
 
 
 class SimpleSuperNet(nn.Module):
@@ -251,3 +254,20 @@ def test_costs_before_the_first_forward_and_a_trainer_with_the_same_settings() -
     set_sampler(net.choices, mine)
     net.train()(torch.rand(1, 32, 4, 4))
     assert net.choices["conv"].sampler is mine
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "params", "choices"),
+    [
+        (resnet8_supernet, (3, 32, 32), 84_474 + 2 / 3, 7),
+        (dscnn_supernet, (1, 49, 10), 164_236, 4),
+        (mobilenet_v1_supernet, (3, 96, 96), 1_847_972 + 2 / 3, 13),
+    ],
+)
+def test_costs_of_the_published_branch_spaces(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], params: float, choices: int
+) -> None:
+    """C35, the whole network: PLiNIO prints .66, .00 and .75, the last of float32 sums."""
+    net = SuperNet(build(), shape, cost="params_no_norm")
+    assert net.cost.item() == pytest.approx(params, rel=1e-7)
+    assert len(net.choices) == choices
