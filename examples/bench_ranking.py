@@ -5,9 +5,10 @@
 
 Three blocks of a 1x1, 3x3 or 5x5 convolution, with one BatchNorm per block that all its candidates share. Each of the
 27 networks is trained alone with two seeds; two supernets are trained on uniform single paths, and rank the 27 by their
-loss, with BatchNorm statistics recomputed for each architecture and with the running ones of the supernet. All train
-on the same 600 digits. The supernets rank on 719 others; the truth, what the networks reach alone, is measured on the
-remaining 478. Kendall's tau between two seeds of the truth is the ceiling: no ranking can be told to be better.
+loss, with BatchNorm statistics recomputed for each architecture and with the running ones of the supernet. Of 1,319
+digits each seed draws the 600 that all its networks train on; its supernet ranks on the other 719. The truth, what the
+networks reach alone, is measured on the remaining 478. Kendall's tau between two seeds of the truth, whose networks saw
+other digits too, is the ceiling: no ranking can be told to be better.
 """
 
 from __future__ import annotations

@@ -253,3 +253,23 @@ def test_the_wrong_kind_of_network() -> None:
         PITTrainer(network, loss=nn.CrossEntropyLoss(), metrics=None, optimizer=torch.optim.Adam, strength=1.0)
     with pytest.raises(UnsupportedModelError, match="choices and costs of its own: search it with PITSuperNetTrainer"):
         supernet(network)
+
+
+def test_arguments_that_the_trainer_does_not_take() -> None:
+    network = PIT(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), (4,))
+    with pytest.raises(TypeError, match=r"PITTrainer\(\): unexpected arguments \['sampling'\] and missing arguments"):
+        PITTrainer(network, strength=1.0, sampling="gumbel")  # type: ignore[call-arg]
+
+
+def test_choices_within_a_budget_under_the_masks_of_now() -> None:
+    """a: 4 * 8 + 8 + 8 * 4 + 4 = 76 with 8 inner features, 4 * 1 + 1 + 4 + 4 = 13 with one; b: none."""
+    torch.manual_seed(0)
+    pool = LayerChoice({"a": nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), "b": nn.Identity()}, label="pool")
+    network = PIT(nn.Sequential(pool, nn.Linear(4, 2)), (4,), cost="params")
+    assert network.arch_within({})["pool"] == "a"
+    assert network.arch_within({"params": 50})["pool"] == "b"
+    network.masks["0.candidates.a.0"].keep([3])
+    assert network.arch_within({"params": 50})["pool"] == "a"
+    assert network.arch_within({"params": 23}) == {"pool": "a", "0.candidates.a.0": [3]}
+    with pytest.raises(InfeasibleTargetError, match="9"):
+        network.arch_within({"params": 9})

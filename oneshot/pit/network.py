@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..cost.counts import MACS, OPS, PARAMS_NO_BIAS, PARAMS_NO_NORM
+from ..cost.decode import best_under_budget
 from ..cost.model import CostModel
 from ..cost.spec import CostSpec
 from ..errors import ArchMismatchError, ConfigurationError, ExportError, UnsupportedModelError
@@ -370,10 +371,27 @@ class SearchedNetwork(SearchModel):
 
     def arch(self) -> dict[str, Any]:
         """What is found now: label -> option of a choice, kept units, kernel size or dilation of a mask."""
-        found = {label: self.choices[label].options[index] for label, index in self._indices().items()}
-        of_choices = {label: list(option) if isinstance(option, tuple) else option for label, option in found.items()}
         of_masks = self.masks.decisions()
-        return {**of_choices, **{label: of_masks[label] for label in self._decided}}
+        return {**self._options(self._indices()), **{label: of_masks[label] for label in self._decided}}
+
+    def _options(self, indices: Mapping[str, int]) -> dict[str, Any]:
+        """Label -> option of a choice, JSON-ready."""
+        found = {label: self.choices[label].options[index] for label, index in indices.items()}
+        return {label: list(option) if isinstance(option, tuple) else option for label, option in found.items()}
+
+    def arch_within(self, budget: Mapping[str, float]) -> dict[str, Any]:
+        """The most probable options of the choices that keep the budget, cost -> limit, with the masks of now.
+
+        Exact; InfeasibleTargetError if none does.
+        """
+        if not budget:
+            return self.arch()
+        for name in budget:
+            self._check_cost(name)
+        log_p = {k: d.alpha.detach().double().log_softmax(0).tolist() for k, d in self.choices.items()}
+        costs = self._cost_models()
+        found = best_under_budget(log_p, {name: costs[name] for name in budget}, budget)
+        return {**self.arch(), **self._options(found)}
 
     def decide(self, arch: Mapping[str, Any]) -> None:
         """Set masks and choices to an architecture; ArchMismatchError, with nothing changed, if it is none of these.

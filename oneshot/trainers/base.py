@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from ..cost import LatencyTable, measure_table, time_module
@@ -337,8 +338,11 @@ class Trainer(ABC):
         set_sampler(self.decisions, sampler)
         draw(self.decisions, self.generator)
 
-    def _forward(self, batch: Any, loss: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Any, Any]:
-        inputs, target = batch
+    def _forward(
+        self, batch: Any, loss: Callable[[Any, Any], Tensor], *, again: bool = False
+    ) -> tuple[Tensor, Any, Any]:
+        """Loss, output and target; ``again``: the batch will be used once more, and a network may write into it."""
+        inputs, target = pytree.tree_map_only(Tensor, torch.clone, batch) if again else batch
         inputs, target = self._to_device(inputs), self._to_device(target)
         with self.fabric.autocast():
             output = self.model(inputs)

@@ -227,14 +227,14 @@ class DARTSTrainer(Trainer):
         task: list[Tensor] = []
 
         def valid() -> Tensor:
-            loss, _, _ = self._forward(arch_batch, self.arch_loss)
+            loss, _, _ = self._forward(arch_batch, self.arch_loss, again=True)
             task.append(loss.detach())
             self._check_finite({"arch_loss": loss, **_named(expected)})
             # Of the costs, which have no weights in them, the gradient is taken apart.
             return self._with_costs(loss, {name: cost.detach() for name, cost in expected.items()})
 
         def train() -> Tensor:
-            loss, _, _ = self._forward(batch, self.loss)
+            loss, _, _ = self._forward(batch, self.loss, again=True)
             self._check_finite({"loss": loss})
             return loss
 
@@ -290,7 +290,7 @@ class DARTSTrainer(Trainer):
         if phase == "search" and self.alpha_std is not None:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, 7))  # of its own: this may be done twice
             with torch.no_grad():
-                for alpha in self.alphas:
+                for alpha in (alpha for alpha in self.alphas if alpha.requires_grad):
                     alpha.copy_(torch.randn(alpha.shape, dtype=torch.float64, generator=generator) * self.alpha_std)
 
     def _after_epoch(self, phase: str) -> None:
@@ -312,6 +312,9 @@ class DARTSTrainer(Trainer):
         elif self.normalize:
             self.cost_loss.refer_to({name: float(cost) for name, cost in at_start.items()})
         self._with_costs(torch.tensor(1.0), at_start)
+        if self.penalty is None and self.cost_loss.kind == "mul#log":
+            least = self.choices.reachable(self.costs.names)  # where the search may come to
+            self.cost_loss(torch.tensor(1.0), {k: torch.tensor(least[k][0]) for k in self.costs.names})
         if self.order == "exact" and self.fabric.world_size > 1:
             raise ConfigurationError(f"order='exact' on {self.fabric.world_size} processes: use order=2, or one device")
         if self.order == "exact" or (self.monitor is not None and self.monitor.early_stop.ratio is not None):

@@ -99,7 +99,8 @@ class PathEvaluator:
             if self.recalibrate_on is not None:
                 stack.enter_context(recalibrated(self.model, (_to(inputs, device) for inputs in self.recalibrate_on)))
             for batch in self._batches():
-                inputs, target = _to(batch, device)
+                # A copy: the batch is kept, and a network may write into its input.
+                inputs, target = _to(pytree.tree_map_only(Tensor, torch.clone, batch), device)
                 output = self.model(inputs)
                 meters.add({"loss": self.loss(output, target), **self._measured(output, target)}, weight=len(target))
         return meters.averages()

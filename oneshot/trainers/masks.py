@@ -103,12 +103,12 @@ class Masks(Searched):
             yield
 
     def decide(self, budget: Mapping[str, float] | None) -> dict[str, Any]:
-        if budget:
+        if budget and not self.network.choices:
             raise ConfigurationError(
                 f"budget={dict(budget)}: masks are trained towards targets, and none is switched off afterwards; give "
                 "targets={...} to the trainer"
             )
-        return self.network.arch()
+        return self.network.arch_within(budget or {})
 
     def numbers(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
         with torch.no_grad():

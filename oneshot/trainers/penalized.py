@@ -30,7 +30,7 @@ from .setup import OptimizerLike, check_counts
 if TYPE_CHECKING:
     from typing_extensions import Required
 
-__all__ = ["PenalizedArguments", "PenalizedTrainer"]
+__all__ = ["PenalizedArguments", "PenalizedTrainer", "known_arguments"]
 
 
 class PenalizedArguments(TypedDict, total=False):
@@ -66,6 +66,17 @@ class PenalizedArguments(TypedDict, total=False):
     checkpoint_dir: str | os.PathLike[str] | None
     checkpoint_every: int | None
     progress: bool | None
+
+
+def known_arguments(trainer: str, given: PenalizedArguments) -> PenalizedArguments:
+    """The arguments; TypeError for one that no such trainer takes, or a required one that is missing."""
+    unknown = [name for name in given if name not in PenalizedArguments.__annotations__]
+    missing = [name for name in ("loss", "metrics", "optimizer") if name not in given]
+    if unknown or missing:
+        parts = [f"unexpected arguments {unknown}"] if unknown else []
+        parts += [f"missing arguments {missing}"] if missing else []
+        raise TypeError(f"{trainer}(): {' and '.join(parts)}")
+    return given
 
 
 class PenalizedTrainer(Trainer):

@@ -10,7 +10,7 @@ import torch
 from ..errors import InputTypeError, UnsupportedModelError
 from ..pit import PIT
 from .masks import ArchOptimizer, Masks, masks_without_decay
-from .penalized import PenalizedArguments, PenalizedTrainer
+from .penalized import PenalizedArguments, PenalizedTrainer, known_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,5 +112,5 @@ class PITTrainer(PenalizedTrainer):
             masks,
             strength=strength,
             arch_optimizer=masks_without_decay(pit, arch_optimizer or adam),
-            **others,
+            **known_arguments("PITTrainer", others),
         )

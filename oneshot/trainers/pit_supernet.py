@@ -14,7 +14,7 @@ from ..mutables.temperature import Temperature
 from ..pit.network import SearchedNetwork
 from .decidedness import Decidedness
 from .masks import ArchOptimizer, Masks, masks_without_decay
-from .penalized import PenalizedArguments, PenalizedTrainer
+from .penalized import PenalizedArguments, PenalizedTrainer, known_arguments
 from .sampling import Sampling, as_temperature
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class PITSuperNetTrainer(PenalizedTrainer):
             arch_optimizer=masks_without_decay(network, arch_optimizer or adam),
             sampling=Sampling(sampling, hard, as_temperature(temperature)),
             decidedness=Decidedness(icv_strength, entropy_strength),
-            **others,
+            **known_arguments("PITSuperNetTrainer", others),
         )
 
 

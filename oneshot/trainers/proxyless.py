@@ -250,7 +250,10 @@ class ProxylessTrainer(Trainer):
         """One step of alphas and masks; the weights and the BatchNorm statistics stay."""
         self._set(self.gates)
         self.arch_optimizer.zero_grad(set_to_none=True)
-        with frozen_weights(self.weights), frozen_statistics(self.norms):
+        # Without a cost the task alone would switch units off as well, and buy nothing with it.
+        learning = self.searched.learning(self.cost_loss.kind is not None)
+        still = [p for p in self.arch_parameters if not any(p is other for other in learning)]
+        with frozen_weights([*self.weights, *still]), frozen_statistics(self.norms):
             task, _, _ = self._forward(batch, self.arch_loss)
             # Under the distribution that this step's gates have: in two-path mode the pair's own softmax.
             expected = self.searched.step_costs()
@@ -259,7 +262,6 @@ class ProxylessTrainer(Trainer):
             total = self.cost_loss(task, variables)
             self._check_finite({"arch_loss": total, "task_loss": task, **_named(expected)})
             self.fabric.backward(total)
-        learning = [parameter for parameter in self.arch_parameters if parameter.requires_grad]
         share = _add_cost_gradient(learning, expected, variables)
         for parameter in self.searched.idle():
             parameter.grad = None
@@ -285,6 +287,8 @@ class ProxylessTrainer(Trainer):
         self.baseline = moved_baseline(self.baseline, float(rewards.mean()), self.baseline_decay)
         of_task, of_cost = [], []
         for label, decision in self.decisions.items():
+            if not decision.alpha.requires_grad:
+                continue
             p = decision.alpha.detach().double().softmax(0)
             chosen = [path[label] for path in paths]
             decision.alpha.grad = policy_gradient(p, chosen, rewards - self.baseline).to(decision.alpha)
@@ -312,7 +316,7 @@ class ProxylessTrainer(Trainer):
         return paths, [known[tuple(path.values())] for path in paths]
 
     def _measured_together(self, batch: Any) -> dict[str, float]:
-        loss, output, target = self._forward(batch, self.arch_loss)
+        loss, output, target = self._forward(batch, self.arch_loss, again=True)
         found = {**self._measured(output, target), "loss": loss}
         numbers = torch.stack([torch.as_tensor(value, device=loss.device).double() for value in found.values()])
         if self.fabric.world_size > 1:
@@ -339,6 +343,10 @@ class ProxylessTrainer(Trainer):
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             self.latency_table.write(self.checkpoint_dir / "latency_table.yaml")
         self.cost_loss(torch.tensor(1.0), at_start)
+        if self.cost_loss.kind == "mul#log":
+            # What the search may come to, not only where it begins: the logarithm of a cost below 1 has no power.
+            least = self.searched.reachable(self.searched.names)
+            self.cost_loss(torch.tensor(1.0), {k: torch.tensor(least[k][0]) for k in self.searched.names})
         if self.reward is not None:
             self._check_reward(self.reward)
 

@@ -17,6 +17,7 @@ from ..data import mix_seed
 from ..errors import ConfigurationError, UnsupportedModelError
 from ..export import arch_of
 from ..mutables import arch_parameters, decisions
+from ..mutables.base import SearchModel
 from .feasible import Candidate, FeasibleSpace, Key, best_of
 
 __all__ = ["RandomSearch"]
@@ -65,8 +66,14 @@ class RandomSearch:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has nothing to search: it holds no LayerChoice, InputChoice or Repeat"
             )
+        if isinstance(model, SearchModel):
+            raise UnsupportedModelError(
+                f"RandomSearch: a {type(model).__name__} has masks, which are not drawn; give the network with choices"
+            )
         self.model, self.score, self.evaluations = model, score, evaluations
-        sizes = {label: len(d.options) for label, d in decisions(model).items()}
+        known = decisions(model)
+        self._decided = {k: d.members[0].decided for k, d in known.items() if d.members[0].decided is not None}
+        sizes = {label: len(d.options) for label, d in known.items() if label not in self._decided}
         self.space = FeasibleSpace(sizes, costs, limits)
         self.generator = torch.Generator().manual_seed(mix_seed(seed, 0))
         self.candidates: list[Candidate] = []
@@ -79,7 +86,7 @@ class RandomSearch:
             if choices is None:
                 break
             known.add(self.space.key(choices))
-            self.candidates.append(Candidate(choices, float(self.score(arch_of(self.model, choices)))))
+            self.candidates.append(Candidate(choices, float(self.score(self._arch(choices)))))
         return self.best
 
     @property
@@ -97,4 +104,7 @@ class RandomSearch:
     @property
     def arch(self) -> dict[str, Any]:
         """The best architecture as label -> decision, ready for ``fixed(model, arch)``."""
-        return arch_of(self.model, self.best.choices)
+        return self._arch(self.best.choices)
+
+    def _arch(self, choices: Mapping[str, int]) -> dict[str, Any]:
+        return arch_of(self.model, {**choices, **self._decided})

@@ -204,7 +204,7 @@ class SPOSTrainer(Trainer):
         for path in paths:
             for label, decision in self.decisions.items():
                 decision.set_sampler(OnePath(path[label]))
-            loss, output, target = self._forward(batch, self.loss)
+            loss, output, target = self._forward(batch, self.loss, again=True)
             self._check_finite({"loss": loss})
             self.fabric.backward(loss)
             self._note({"loss": loss, **self._measured(output, target)})

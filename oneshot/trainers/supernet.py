@@ -19,7 +19,7 @@ from .cost_loss import CostLoss
 from .costs import CostSources
 from .decidedness import Decidedness
 from .masks import Masks
-from .penalized import PenalizedArguments, PenalizedTrainer
+from .penalized import PenalizedArguments, PenalizedTrainer, known_arguments
 from .sampling import Sampling, as_temperature
 from .searched import Searched
 
@@ -133,8 +133,8 @@ class SuperNetTrainer(PenalizedTrainer):
             arch_optimizer=arch_optimizer or (lambda alphas: torch.optim.Adam(alphas, arch_learning_rate)),
             sampling=Sampling(sampling, hard, as_temperature(temperature)),
             decidedness=Decidedness(icv_strength, entropy_strength),
-            cost_loss=_cost_loss(grad_reg_loss_type, grad_reg_loss_params, ref_latency, costs),
-            **others,
+            cost_loss=_cost_loss(grad_reg_loss_type, grad_reg_loss_params, ref_latency, searched),
+            **known_arguments("SuperNetTrainer", others),
         )
 
 
@@ -142,7 +142,7 @@ def _cost_loss(
     kind: str | None,
     params: Mapping[str, float | Mapping[str, float]] | None,
     reference: float | Mapping[str, float] | None,
-    costs: CostSources,
+    searched: Searched,
 ) -> CostLoss | None:
     if kind is None:
         if params is not None or reference is not None:
@@ -150,8 +150,8 @@ def _cost_loss(
                 f"grad_reg_loss_params={params}, ref_latency={reference}: they need a grad_reg_loss_type"
             )
         return None
-    if not costs.names:
+    if not searched.names:
         raise ConfigurationError(f"grad_reg_loss_type={kind!r}: there is no cost; give cost= or applied_hardware=")
     if reference is None:
         raise ConfigurationError(f"grad_reg_loss_type={kind!r}: it needs ref_latency, in the unit of the cost")
-    return CostLoss(kind, params, reference, {name: costs.unit(name) for name in costs.names})
+    return CostLoss(kind, params, reference, {name: searched.unit(name) for name in searched.names})

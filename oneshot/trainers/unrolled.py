@@ -214,10 +214,13 @@ def with_weights(
     >>> with_weights(net, [net.weight], [torch.tensor([[3.0]])], lambda: net(torch.tensor([2.0])))
     tensor([6.])
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: dict[int, dict[tuple[int, str], str]] = {}
+    for path, module in model.named_modules():  # each module once, at one of its paths
+        for leaf, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), {})[id(module), leaf] = ".".join(filter(None, ("model", path, leaf)))
     given = zip(weights, values, strict=True)
-    replaced = {f"model.{names[id(weight)]}": value for weight, value in given if value is not None}
-    result: _T = functional_call(_Calling(model), replaced, (function,))
+    replaced = {name: value for weight, value in given if value is not None for name in names[id(weight)].values()}
+    result: _T = functional_call(_Calling(model), replaced, (function,), tie_weights=False)
     return result
 
 
