@@ -202,10 +202,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A strict step trains three paths: a third of the steps is as much training.
     steps = plan.supernet if args.fairness == "uniform" else plan.supernet // 3
     supernets = [train_supernet(used, seed, steps, args.fairness) for seed in SEEDS]
-    split = supernets[0][0].split
-    assert split is not None
-    assert len(split.weight) == N_TRAIN
-    found = [[truth_of(train_alone(a, used, split, seed, plan.alone), truth_data) for a in ARCHS] for seed in SEEDS]
+    found = []
+    for seed, (trainer, _) in zip(SEEDS, supernets, strict=True):
+        assert trainer.split is not None
+        assert len(trainer.split.weight) == N_TRAIN
+        alone = [train_alone(arch, used, trainer.split, seed, plan.alone) for arch in ARCHS]
+        found.append([truth_of(net, truth_data) for net in alone])
     losses, correct = ([[pair[i] for pair in row] for row in found] for i in (0, 1))
     truth = Truth(averages(losses), averages(correct))
     print(f"alone: accuracy {min(truth.accuracies):.3f} to {max(truth.accuracies):.3f}, ", end="")

@@ -273,3 +273,29 @@ def test_choices_within_a_budget_under_the_masks_of_now() -> None:
     assert network.arch_within({"params": 23}) == {"pool": "a", "0.candidates.a.0": [3]}
     with pytest.raises(InfeasibleTargetError, match="9"):
         network.arch_within({"params": 9})
+
+
+def test_targets_that_only_together_cannot_be_met() -> None:
+    """small: 8 * 2 + 2 = 18 parameters, 5 positions of 16 MACs; wide: 8 * 8 + 8 = 72 parameters, one position of 64."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x[:, :1]).mean(1)[:, :2]
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).mean(1)
+
+    network = SuperNet(LayerChoice({"wide": Wide(), "small": Small()}, label="pool"), (5, 8), cost=["params", "macs"])
+    assert network.reachable_costs() == {"params": (18.0, 72.0), "macs": (64.0, 80.0)}
+    network.check_reachable({"params": 72, "macs": 64})
+    with pytest.raises(InfeasibleTargetError, match="params"):
+        network.check_reachable({"params": 71, "macs": 79})

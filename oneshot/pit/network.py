@@ -235,6 +235,15 @@ class SearchedNetwork(SearchModel):
         """Name -> (smallest, largest) cost of the networks that can be exported."""
         return self._costs.reachable(self.masks, self.network)
 
+    def check_reachable(self, targets: Mapping[str, float]) -> None:
+        """InfeasibleTargetError unless some architecture of the choices meets all targets with the smallest masks."""
+        for name in targets:
+            self._check_cost(name)
+        smallest = torch.tensor(self.masks.lowest(learning=True), dtype=torch.float64)
+        costs = self._costs.at(smallest, self.network)
+        uniform = {label: [0.0] * len(decision.options) for label, decision in self.choices.items()}
+        best_under_budget(uniform, {name: costs[name] for name in targets}, targets)
+
     def get_regularization_loss(self) -> Tensor:
         """The only cost, for a loss: task + strength * this."""
         return self.cost

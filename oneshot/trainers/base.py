@@ -148,13 +148,18 @@ class Trainer(ABC):
         """Loss and metrics, on ``dataset`` (default: ``valid_dataset``), of the network that would be exported now.
 
         In eval mode, and nothing of the model moves. BatchNorm uses the running statistics under masks; along the
-        argmax path of choices those of each batch, because the running ones of a supernet mix all its paths.
+        argmax path of choices those of each batch, because the running ones of a supernet mix all its paths; after a
+        fine-tuning of that path alone the running ones again.
         """
         dataset = self.valid_dataset if dataset is None else dataset
         if dataset is None:
             raise ConfigurationError("evaluate(): no data; pass a dataset, or valid_dataset to the trainer")
+        return self._evaluated(dataset, self.history[-1]["phase"] if self.history else "search")
+
+    def _evaluated(self, dataset: Dataset[Any], phase: str) -> dict[str, float]:
+        """After an epoch of that phase."""
         meters = Meters()
-        with self.searched.as_found():
+        with self.searched.as_found(settled=phase == "finetune"):
             for inputs, target in even_batches(dataset, self.batch_size):
                 inputs, target = self._to_device(inputs), self._to_device(target)
                 with self.fabric.autocast():
@@ -193,7 +198,11 @@ class Trainer(ABC):
             return arch_of(self.model, choices)
 
     def export_model(self, *, budget: Mapping[str, float] | None = None, best: bool = True) -> nn.Module:
-        """The found architecture as a plain network with the trained weights, compared with the searched one."""
+        """The found architecture as a plain network with the trained weights, compared with the searched one.
+
+        Its BatchNorm statistics are the searched one's too, which mix all paths of choices unless a fine-tuning or
+        ``SPOSTrainer`` has made them its own: ``recalibrate_(network, batches)`` before it is used as it is.
+        """
         with self._as_kept(best):
             return verified_fixed(self.model, self.searched.decide(budget), self._examples())
 
@@ -582,7 +591,9 @@ class Trainer(ABC):
         for name, (soft, hard) in self.searched.soft_and_hard().items():
             values[f"{name}_soft"], values[f"{name}_hard"] = soft, hard
         if self.valid_dataset is not None:
-            values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
+            values.update(
+                {f"valid_{name}": value for name, value in self._evaluated(self.valid_dataset, phase).items()}
+            )
         self._argmax = now
         self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
         self._log_values("epoch", phase, epoch, values)

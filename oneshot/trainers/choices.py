@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -86,9 +86,9 @@ class Choices(Searched):
         check_export(self.model, examples)
 
     @contextmanager
-    def as_found(self) -> Iterator[None]:
+    def as_found(self, *, settled: bool = False) -> Iterator[None]:
         # The running statistics of a supernet mix all its paths.
-        with evaluated(self.model, Argmax()), batch_statistics(self.model):
+        with evaluated(self.model, Argmax()), nullcontext() if settled else batch_statistics(self.model):
             yield
 
     def decide(self, budget: Mapping[str, float] | None) -> dict[str, int]:

@@ -165,6 +165,10 @@ class DARTSTrainer(Trainer):
             progress=progress,
         )
         self.arch_loss = loss if arch_loss is None else arch_loss
+        if self.arch_fraction is None:
+            raise ConfigurationError(
+                "arch_fraction=None: a part of the data is for the architecture, above 0 and below 1"
+            )
         self.order, self.alpha_std, self.grad_clip = order, alpha_std, grad_clip
         if order != 1:
             check_unrolls(self.optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -93,13 +93,13 @@ class Masks(Searched):
         verified_fixed(self.network, self.network.arch(), examples)
 
     @contextmanager
-    def as_found(self) -> Iterator[None]:
+    def as_found(self, *, settled: bool = False) -> Iterator[None]:
         if not self.network.choices:
             with evaluated(self.network):
                 yield
             return
         # The running statistics of a supernet mix all its paths.
-        with evaluated(self.network, Argmax()), batch_statistics(self.network):
+        with evaluated(self.network, Argmax()), nullcontext() if settled else batch_statistics(self.network):
             yield
 
     def decide(self, budget: Mapping[str, float] | None) -> dict[str, Any]:
@@ -158,6 +158,8 @@ class Masks(Searched):
                     f"targets: {name} {target:g}, but the smallest masks leave {low:g} of {high:g}. Give a target of "
                     f"at least {low:g}, or let PIT search more of the network"
                 )
+        if targets and self.network.choices:
+            self.network.check_reachable(targets)  # all at once
 
     def idle(self) -> list[nn.Parameter]:
         return self.network.idle_masks() if self.network.choices else []

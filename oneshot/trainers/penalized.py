@@ -359,6 +359,8 @@ class PenalizedTrainer(Trainer):
             raise ConfigurationError(
                 f"strength={self.penalty.strength}: nothing pulls the costs towards the targets {self.penalty.targets}"
             )
+        if self.num_epochs and self.step == 0 and not self._learning():
+            self._check_targets()  # nothing will change the network
         if self.cost_loss is not None:
             # What the search may come to, not only where it begins: the logarithm of a cost below 1 has no power.
             least = self.searched.reachable(self.searched.names)
@@ -382,6 +384,7 @@ class PenalizedTrainer(Trainer):
             "targets": penalty.targets,
             "normalize": penalty.normalize,
             "arch_optimizer": type(self.arch_optimizer).__name__,
+            "learning": len(self._learning()),
             "sampling": None if self.sampling is None else str(self.sampling),
             "decidedness": str(self.decidedness),
             "cost_loss": None if cost_loss is None else [cost_loss.kind, cost_loss.params, cost_loss.references],

@@ -17,7 +17,10 @@ _FALL = 0.956  # of FBNet's temperature per epoch, exp(-0.045)
 
 
 def gdas(num_epochs: int = 250) -> dict[str, Any]:
-    """GDAS (Dong and Yang, arXiv 1910.04465): one path per step, drawn by Gumbel-max, straight through.
+    """GDAS (Dong and Yang, arXiv 1910.04465): one path per weight step, drawn by Gumbel-max, straight through.
+
+    In a step of the alphas the other candidates are evaluated too, without gradient, for the exact gradient of the
+    straight-through gates.
 
     The temperature falls linearly from 10 in the first epoch to 0.1 in the last one. Half of the data are for the
     alphas, whose optimizer is Adam with a learning rate of 3e-4, betas (0.5, 0.999) and a weight decay of 1e-3.

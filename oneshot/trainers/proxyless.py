@@ -210,6 +210,10 @@ class ProxylessTrainer(Trainer):
             progress=progress,
         )
         self.arch_loss = loss if arch_loss is None else arch_loss
+        if self.arch_fraction is None:
+            raise ConfigurationError(
+                "arch_fraction=None: a part of the data is for the architecture, above 0 and below 1"
+            )
         self.arch_every, self.skip_first_epoch = arch_every, skip_first_epoch
         self.gates, self.rescale = BinaryGates(paths), rescale
         if normalize and ref_latency != DEFAULT_REFERENCE:

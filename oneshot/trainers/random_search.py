@@ -68,7 +68,7 @@ class RandomSearch:
             )
         if isinstance(model, SearchModel):
             raise UnsupportedModelError(
-                f"RandomSearch: a {type(model).__name__} has masks, which are not drawn; give the network with choices"
+                f"RandomSearch: give the network with choices, and not the {type(model).__name__} made of it"
             )
         self.model, self.score, self.evaluations = model, score, evaluations
         known = decisions(model)

@@ -17,6 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from ..errors import ConfigurationError
 from .modes import normalisations
@@ -52,7 +53,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> None:
     n_batches = 0
     with statistics_kept(model), _measuring(model, layers, averages):
         for inputs in batches:
-            model(inputs)
+            model(pytree.tree_map_only(Tensor, torch.clone, inputs))  # a network may write into its input
             n_batches += 1
     if not n_batches:
         raise ConfigurationError("recalibration: no batches; at least one is needed, of two or more samples")

@@ -56,8 +56,8 @@ class ScoredChoices(Searched):
     def check_export(self, examples: Sequence[Sequence[Any]]) -> None:
         self.choices.check_export(examples)
 
-    def as_found(self) -> AbstractContextManager[None]:
-        return self.choices.as_found()
+    def as_found(self, *, settled: bool = False) -> AbstractContextManager[None]:
+        return self.choices.as_found(settled=settled)
 
     def decide(self, budget: Mapping[str, float] | None) -> dict[str, int]:
         """The best candidate within ``budget``; before there are any, argmax within the limits, which says nothing."""

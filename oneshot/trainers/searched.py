@@ -56,8 +56,11 @@ class Searched(ABC):
         """ExportError, before the search, for an export that would be refused after it."""
 
     @abstractmethod
-    def as_found(self) -> AbstractContextManager[None]:
-        """Inside, the model is the network that would be exported now, in eval mode without grad."""
+    def as_found(self, *, settled: bool = False) -> AbstractContextManager[None]:
+        """Inside, the model is the network that would be exported now, in eval mode without grad.
+
+        ``settled``: its running statistics are of that network alone.
+        """
 
     @abstractmethod
     def decide(self, budget: Mapping[str, float] | None) -> dict[str, Any]:
