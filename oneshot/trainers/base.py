@@ -114,6 +114,7 @@ class Trainer(ABC):
         self._latest: dict[str, Tensor | float] = {}
         self._scheduler_state: dict[str, Any] | None = None
         self._global_state: dict[str, Any] | None = None
+        self._phase_of_step = "warmup"  # of the last one
         self._is_running = False
         self._stop_signal: int | None = None
         self._log: RunLog | None = None
@@ -154,12 +155,8 @@ class Trainer(ABC):
         dataset = self.valid_dataset if dataset is None else dataset
         if dataset is None:
             raise ConfigurationError("evaluate(): no data; pass a dataset, or valid_dataset to the trainer")
-        return self._evaluated(dataset, self.history[-1]["phase"] if self.history else "search")
-
-    def _evaluated(self, dataset: Dataset[Any], phase: str) -> dict[str, float]:
-        """After an epoch of that phase."""
         meters = Meters()
-        with self.searched.as_found(settled=phase == "finetune"):
+        with self.searched.as_found(settled=self._phase_of_step == "finetune"):
             for inputs, target in even_batches(dataset, self.batch_size):
                 inputs, target = self._to_device(inputs), self._to_device(target)
                 with self.fabric.autocast():
@@ -283,6 +280,7 @@ class Trainer(ABC):
         self._scheduler_state, self._global_state = state["scheduler"], state["global"]
         self._log_size = state["log_size"]
         self._ended = dict(state["ended"])
+        self._phase_of_step = self.history[-1]["phase"] if self.history else "warmup"
         if self.finetune_optimizer is not self.optimizer:
             self.finetune_optimizer.load_state_dict(state["finetune_optimizer"])
         self._load_own_state(state["own"])
@@ -564,6 +562,7 @@ class Trainer(ABC):
     def _epoch(self, batches: Iterator[Any]) -> None:
         """The rest of the current epoch."""
         epoch, phase = self.epoch, self.phase
+        self._phase_of_step = phase
         if self._at_phase_start():
             self._begin_phase(phase)
         if self.step % self.steps_per_epoch == 0:
@@ -591,9 +590,7 @@ class Trainer(ABC):
         for name, (soft, hard) in self.searched.soft_and_hard().items():
             values[f"{name}_soft"], values[f"{name}_hard"] = soft, hard
         if self.valid_dataset is not None:
-            values.update(
-                {f"valid_{name}": value for name, value in self._evaluated(self.valid_dataset, phase).items()}
-            )
+            values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
         self._argmax = now
         self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
         self._log_values("epoch", phase, epoch, values)
