@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ..cost import LatencyTable, measure_table, time_module
 from ..data import BatchStream, Split, mix_seed, stratified_split, targets_of
@@ -150,12 +150,15 @@ class Trainer(ABC):
 
         In eval mode, and nothing of the model moves. BatchNorm uses the running statistics under masks; along the
         argmax path of choices those of each batch, because the running ones of a supernet mix all its paths; after a
-        fine-tuning of that path alone the running ones again.
+        fine-tuning of that path alone the running ones again. Samples are mixed, always alike: a batch of one class
+        would have other statistics.
         """
         dataset = self.valid_dataset if dataset is None else dataset
         if dataset is None:
             raise ConfigurationError("evaluate(): no data; pass a dataset, or valid_dataset to the trainer")
         meters = Meters()
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        dataset = Subset(dataset, order.tolist()) if self.decisions else dataset
         with self.searched.as_found(settled=self._phase_of_step == "finetune"):
             for inputs, target in even_batches(dataset, self.batch_size):
                 inputs, target = self._to_device(inputs), self._to_device(target)
