@@ -175,15 +175,11 @@ def single_paths(case: Case, row: str, pairs: int, device: torch.device) -> Resu
 
         draw(net.choices, torch.Generator().manual_seed(seed))
         path = {label: decision.members[0].gate().graph[0] for label, decision in net.choices.items()}
-        plain = fixed(space, {label: space_option(net, label, index) for label, index in path.items()})
+        plain = fixed(space, {label: net.choices[label].options[index] for label, index in path.items()})
         steps.append((plain_step(plain, x, y), step))
     with frozen_weights(alphas):
         saved = saved_bytes(lambda: F.cross_entropy(net(x), y)) / saved_bytes(lambda: F.cross_entropy(plain(x), y))
     return timed(case, row, steps, pairs, device, saved)
-
-
-def space_option(net: SuperNet, label: str, index: int) -> object:
-    return net.choices[label].options[index]
 
 
 def batch_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -242,19 +242,21 @@ class Finder:
 
     def _padded(self, way: Labelled, dim: int, width: int) -> Labelled:
         """Zeros behind the indices of ``dim``: units of nothing, until they meet those of a wider option."""
-        found, labels, before = [], way.labels, way.shape[dim]
-        if not any(dim in dims_of(label) for label in labels) and before < width:
+        if way.shape[dim] == width:
+            return way
+        labels = list(way.labels)
+        if dim not in way.varying():
             # Of the network's input, say: nothing can be cut of what there is, but there is no more than that.
-            shape = [n if d == dim else 1 for d, n in enumerate(way.shape)]
-            labels = (*labels, torch.zeros(shape, dtype=torch.int64))
-        for label in labels:
-            if label.shape[dim] == before < width and (before > 1 or label is labels[-1]):
-                shape = [width - n if d == dim else n for d, n in enumerate(label.shape)]
-                new = torch.from_numpy(self.labels.units.fresh(math.prod(shape))).reshape(shape)
-                label = torch.cat([label, new], dim)
-            found.append(label)
+            labels.append(torch.zeros([n if d == dim else 1 for d, n in enumerate(way.shape)], dtype=torch.int64))
+            longer = [len(labels) - 1]
+        else:
+            longer = [i for i, label in enumerate(labels) if dim in dims_of(label)]
+        for i in longer:
+            shape = [width - n if d == dim else n for d, n in enumerate(labels[i].shape)]
+            new = torch.from_numpy(self.labels.units.fresh(math.prod(shape))).reshape(shape)
+            labels[i] = torch.cat([labels[i], new], dim)
         shape_after = tuple(width if d == dim else n for d, n in enumerate(way.shape))
-        return Labelled(shape_after, tuple(found), fixed=way.fixed)
+        return Labelled(shape_after, tuple(labels), fixed=way.fixed)
 
     def freeze(self, dimension: Dimension, reason: str) -> None:
         if dimension in self.names:

@@ -220,7 +220,18 @@ class SearchedNetwork(SearchModel):
     def hard_cost(self, name: str) -> float:
         """The cost of the network that would be exported now: the likeliest option of every choice."""
         self._check_cost(name)
-        return self._cost_models()[name].of(self._indices())
+        return self.hard_costs()[name]
+
+    @torch.no_grad()
+    def hard_costs(self) -> dict[str, float]:
+        """All costs by name, as ``hard_cost`` returns them."""
+        chances = None
+        if self._chances is not None:
+            every = {label: torch.eye(len(d.options), device=d.alpha.device) for label, d in self.choices.items()}
+            chances = self._chances({label: every[label][index] for label, index in self._indices().items()})
+        found = self._costs(self.masks.sizes(self.masks().hard), chances).tolist()
+        # As a decimal number of 15 digits, as CostModel.of has it: a budget that is met is not missed by a rounding.
+        return {name: float(f"{cost:.15g}") for name, cost in zip(self.cost_names, found, strict=True)}
 
     @torch.no_grad()
     def _cost_models(self) -> dict[str, CostModel]:
@@ -517,7 +528,7 @@ class SearchedNetwork(SearchModel):
 
     def report(self) -> PITReport:
         """Masks with what goes together, frozen dimensions with their reasons, smallest and largest costs."""
-        now = {name: cost.of(self._indices()) for name, cost in self._cost_models().items()}
+        now = self.hard_costs()
         return report_of(
             self.space,
             self.masks,

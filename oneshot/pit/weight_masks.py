@@ -107,16 +107,15 @@ class MaskedWeights(nn.Module):
         names = names_of_parameters(network)
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         self.of_module: dict[nn.Module, Scope] = {}
-        parts = _parts(network)
-        for root, (modules, mutables) in parts.items():
-            owned = {
-                name: [(network.get_submodule(path), leaf) for path, _, leaf in (a.rpartition(".") for a in aliases)]
-                for name, aliases in names.items()
-            }
-            # Each place once: a module may stand at several paths.
-            inside = {name: list(dict.fromkeys(o for o in of_one if o[0] in modules)) for name, of_one in owned.items()}
+        ranks = {name: tensor.dim() for name, tensor in tensors.items()}
+        # Each place once: a module may stand at several paths.
+        owned: dict[str, list[Owner]] = {}
+        for name in {dimension.name: None for dimension in columns}:
+            split = (alias.rpartition(".") for alias in names[name])
+            owned[name] = list(dict.fromkeys((network.get_submodule(path), leaf) for path, _, leaf in split))
+        for root, (modules, mutables) in _parts(network).items():
+            inside = {name: [owner for owner in of_one if owner[0] in modules] for name, of_one in owned.items()}
             own = [dimension for dimension in columns if inside[dimension.name]]
-            ranks = {name: tensor.dim() for name, tensor in tensors.items()}
             masks = WeightMasks(places, own, ranks, one) if own else None
             owners = [inside[name] for name in masks.names] if masks is not None else []
             self.of_module[root] = Scope(masks, owners, mutables)

@@ -23,6 +23,7 @@ from .choices import Choices
 from .collapse import CollapseMonitor, EarlyStop, Stopped
 from .cost_loss import DEFAULT_REFERENCE, CostLoss
 from .costs import CostSources
+from .gradients import add_gradients
 from .modes import batch_statistics, frozen_statistics, frozen_weights
 from .penalty import Penalty
 from .rng import user_state_kept
@@ -245,7 +246,8 @@ class DARTSTrainer(Trainer):
         with frozen_statistics(self.norms), frozen_weights(decided):
             of_task = self._task_gradients(train, valid, learning)
         total = self._with_costs(task[0], expected)
-        share = _set_gradients(learning, of_task, gradients_of(total, learning))
+        add_gradients(learning, of_task)
+        share = add_gradients(learning, gradients_of(total, learning))
         self._average_gradients(learning)
         self.arch_optimizer.step()
         self._note({"arch_loss": total, "cost_share": share, **_named(expected)})
@@ -378,19 +380,6 @@ def _check_numbers(order: object, precision: str, alpha_std: float | None, grad_
     for name, value in (("alpha_std", alpha_std), ("grad_clip", grad_clip)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
             raise ConfigurationError(f"{name}={value!r}: a number above 0 or None is needed")
-
-
-def _set_gradients(
-    alphas: Sequence[nn.Parameter], of_task: Sequence[Tensor | None], of_cost: Sequence[Tensor | None]
-) -> Tensor:
-    """Put the sums of both into the gradients; returns the costs' share of their L1 norm, in [0, 1]."""
-    norms = [torch.zeros((), device=alphas[0].device)] * 2 if alphas else [torch.zeros(())] * 2
-    for alpha, *parts in zip(alphas, of_task, of_cost, strict=True):
-        for i, part in enumerate(parts):
-            if part is not None:
-                norms[i] = norms[i] + part.abs().sum()
-                alpha.grad = part if alpha.grad is None else alpha.grad + part
-    return norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
 
 
 def _named(costs: Mapping[str, Tensor]) -> dict[str, Tensor]:

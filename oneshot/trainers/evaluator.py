@@ -19,8 +19,9 @@ from .batches import even_batches
 from .meters import Meters
 from .recalibration import recalibrated
 from .rng import seed_global_state, user_state_kept
+from .selection import larger_is_better
 
-__all__ = ["PathEvaluator", "larger_is_better", "pinned"]
+__all__ = ["PathEvaluator", "pinned"]
 
 _MOST_BYTES = 2**30  # of held-out data that are kept in memory between two architectures
 
@@ -124,17 +125,6 @@ class PathEvaluator:
             return {}
         found = self.metrics(output, target)
         return dict(found) if isinstance(found, Mapping) else {"metric": found}
-
-
-def larger_is_better(monitor: str, mode: str | None) -> bool:
-    """Whether more of ``monitor`` is better: of the loss less is, of a metric more, if ``mode`` does not say.
-
-    >>> larger_is_better("loss", None), larger_is_better("acc1", None), larger_is_better("error", "min")
-    (False, True, False)
-    """
-    if mode not in (None, "min", "max"):
-        raise ConfigurationError(f"monitor_mode={mode!r}: allowed are 'min', 'max' and None")
-    return monitor != "loss" if mode is None else mode == "max"
 
 
 def _to(data: Any, device: torch.device | None) -> Any:

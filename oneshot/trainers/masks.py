@@ -121,9 +121,7 @@ class Masks(Searched):
     def soft_and_hard(self) -> dict[str, tuple[float, float]]:
         network = self.network
         with evaluated(network, Softmax()):
-            # Without choices the costs of now are those of the network that would be exported, and cheaper to compute.
-            hard = {k: network.hard_cost(k) for k in self.names} if network.choices else network.costs()
-            return {name: (float(network.soft_cost(name)), float(cost)) for name, cost in hard.items()}
+            return {name: (float(network.soft_cost(name)), cost) for name, cost in network.hard_costs().items()}
 
     def shares(self) -> dict[str, list[float]]:
         masks = {label: mask.alpha.detach().abs().clamp(max=1).tolist() for label, mask in self.network.masks.items()}

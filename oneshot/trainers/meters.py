@@ -11,6 +11,7 @@ from torch import Tensor
 from ..cost import Cost
 from ..mutables import Decision
 from ..mutables.samplers import first_argmax
+from .decidedness import mean_entropy_of
 
 __all__ = ["Meters", "mean_entropy", "soft_and_hard"]
 
@@ -52,8 +53,7 @@ class Meters:
 @torch.no_grad()
 def mean_entropy(decisions: Mapping[str, Decision]) -> float:
     """Mean over the decisions of - sum_k p_k ln p_k with p = softmax(alpha), in nats; ln n when all n are alike."""
-    rows = [d.alpha.double().log_softmax(0) for d in decisions.values()]
-    return float(torch.stack([-(row.exp() * row).sum() for row in rows]).mean())
+    return float(mean_entropy_of([d.alpha.double() for d in decisions.values()]))
 
 
 @torch.no_grad()

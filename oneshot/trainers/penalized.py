@@ -20,11 +20,12 @@ from .batches import even_batches
 from .checkpoint import BEST
 from .cost_loss import CostLoss
 from .decidedness import Decidedness
+from .gradients import add_gradients, weighted_gradients
 from .modes import frozen_statistics, frozen_weights
 from .penalty import Penalty
 from .sampling import Sampling
 from .searched import Searched
-from .selection import Record, epochs_since, kept_record
+from .selection import Record, epochs_since, kept_record, larger_is_better
 from .setup import OptimizerLike, check_counts
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class PenalizedTrainer(Trainer):
         self.cost_loss = cost_loss
         self.arch_parameters = arch_parameters(self.model)
         self.patience, self.monitor = patience, monitor
-        self.larger_is_better = _larger_is_better(monitor, monitor_mode)
+        self.larger_is_better = larger_is_better(monitor, monitor_mode)
         self._check_patience()
         self._best: dict[str, Tensor] | None = None
         if not self.costs.measures:
@@ -245,16 +246,16 @@ class PenalizedTrainer(Trainer):
         total = of_task if self.cost_loss is None else self.cost_loss(of_task, paid)
         (total + penalty).backward()
         # Apart from the task's, and before it: the masks of this step are in both graphs.
-        of_costs = _gradients(costs, {k: variable.grad for k, variable in paid.items()}, learning)
+        of_costs = weighted_gradients(costs, {k: variable.grad for k, variable in paid.items()}, learning)
         terms = self.decidedness.terms([d.alpha for d in self.decisions.values()])
-        of_terms = _gradients(terms, {k: torch.ones_like(term) for k, term in terms.items()}, learning)
+        of_terms = weighted_gradients(terms, {k: torch.ones_like(term) for k, term in terms.items()}, learning)
         # A candidate that is evaluated only for the gradient of its gate keeps its statistics.
         with frozen_statistics(self.norms):
             self.fabric.backward(task)
         if self.cost_loss is not None and of_task.grad is not None:
             _scale(learning, of_task.grad)
-        share = _add(learning, of_costs)
-        _add(learning, of_terms)
+        share = add_gradients(learning, of_costs)
+        add_gradients(learning, of_terms)
         return {name: task, "penalty": penalty, "cost_share": share, **terms}
 
     def _step_arch(self) -> None:
@@ -397,12 +398,6 @@ class PenalizedTrainer(Trainer):
         self._best = state["best"]
 
 
-def _larger_is_better(monitor: str, mode: str | None) -> bool:
-    if mode not in (None, "min", "max"):
-        raise ConfigurationError(f"monitor_mode={mode!r}: allowed are 'min', 'max' and None")
-    return monitor != "loss" if mode is None else mode == "max"
-
-
 def _copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -411,33 +406,7 @@ def _variable(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_()
 
 
-def _gradients(
-    outputs: Mapping[str, Tensor], slopes: Mapping[str, Tensor | None], parameters: Sequence[nn.Parameter]
-) -> list[Tensor | None]:
-    """sum_k slope_k d output_k / d parameter, for each parameter; the graphs are kept."""
-    names = [name for name, output in outputs.items() if output.requires_grad and slopes[name] is not None]
-    if not names:
-        return [None] * len(parameters)
-    given = [slopes[name] for name in names]
-    found = torch.autograd.grad(
-        [outputs[name] for name in names], list(parameters), given, retain_graph=True, allow_unused=True
-    )
-    return list(found)
-
-
 def _scale(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
-
-
-def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Add these gradients to those there are; returns their share of the L1 norm of both, in [0, 1]."""
-    norms = [torch.zeros((), device=parameters[0].device)] * 2
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if parameter.grad is not None:
-            norms[0] = norms[0] + parameter.grad.abs().sum()
-        if gradient is not None:
-            norms[1] = norms[1] + gradient.abs().sum()
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    return norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)

@@ -22,6 +22,7 @@ from .batches import even_batches
 from .choices import Choices
 from .cost_loss import DEFAULT_REFERENCE, CostLoss
 from .costs import CostSources
+from .gradients import add_gradients, weighted_gradients
 from .masks import Masks
 from .modes import batch_statistics, frozen_statistics, frozen_weights
 from .reinforce import (
@@ -256,7 +257,8 @@ class ProxylessTrainer(Trainer):
         self.arch_optimizer.zero_grad(set_to_none=True)
         # Without a cost the task alone would switch units off as well, and buy nothing with it.
         learning = self.searched.learning(self.cost_loss.kind is not None)
-        still = [p for p in self.arch_parameters if not any(p is other for other in learning)]
+        learns = {id(p) for p in learning}
+        still = [p for p in self.arch_parameters if id(p) not in learns]
         with frozen_weights([*self.weights, *still]), frozen_statistics(self.norms):
             task, _, _ = self._forward(batch, self.arch_loss)
             # Under the distribution that this step's gates have: in two-path mode the pair's own softmax.
@@ -266,7 +268,8 @@ class ProxylessTrainer(Trainer):
             total = self.cost_loss(task, variables)
             self._check_finite({"arch_loss": total, "task_loss": task, **_named(expected)})
             self.fabric.backward(total)
-        share = _add_cost_gradient(learning, expected, variables)
+        slopes = {name: variable.grad for name, variable in variables.items()}
+        share = add_gradients(learning, weighted_gradients(expected, slopes, learning))
         for parameter in self.searched.idle():
             parameter.grad = None
         self._average_gradients(learning)
@@ -414,30 +417,6 @@ def _check_network(network: SearchedNetwork, costs: Sequence[str], method: str) 
             f"arch_method='reinforce': a {type(network).__name__} has masks, which only a gradient trains; hand over "
             "the network with its choices, or search with arch_method='gradient'"
         )
-
-
-def _add_cost_gradient(
-    alphas: Sequence[nn.Parameter], expected: Mapping[str, Tensor], variables: Mapping[str, Tensor]
-) -> float | Tensor:
-    """Add sum_j dL/dE_j dE_j/dalpha to the gradients; returns the costs' share of their L1 norm, in [0, 1]."""
-    names = [name for name, variable in variables.items() if variable.grad is not None]
-    if not names:
-        return 0.0
-    of_cost = torch.autograd.grad(
-        [expected[name] for name in names],
-        list(alphas),
-        grad_outputs=[variables[name].grad for name in names],
-        allow_unused=True,
-    )
-    zero = torch.zeros((), device=variables[names[0]].device)
-    norms = [zero, zero]
-    for alpha, gradient in zip(alphas, of_cost, strict=True):
-        if alpha.grad is not None:
-            norms[0] = norms[0] + alpha.grad.abs().sum()
-        if gradient is not None:
-            norms[1] = norms[1] + gradient.abs().sum()
-            alpha.grad = gradient if alpha.grad is None else alpha.grad + gradient
-    return norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
 
 
 def _named(costs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Record", "epochs_since", "kept_record"]
+from ..errors import ConfigurationError
+
+__all__ = ["Record", "epochs_since", "kept_record", "larger_is_better"]
 
 Record = Mapping[str, Any]
 
@@ -36,3 +38,14 @@ def epochs_since(records: Sequence[Record], kept: Record | None) -> int:
     2
     """
     return 0 if kept is None else int(records[-1]["epoch"]) - int(kept["epoch"])
+
+
+def larger_is_better(monitor: str, mode: str | None) -> bool:
+    """Whether more of ``monitor`` is better: of the loss less is, of a metric more, if ``mode`` does not say.
+
+    >>> larger_is_better("loss", None), larger_is_better("acc1", None), larger_is_better("error", "min")
+    (False, True, False)
+    """
+    if mode not in (None, "min", "max"):
+        raise ConfigurationError(f"monitor_mode={mode!r}: allowed are 'min', 'max' and None")
+    return monitor != "loss" if mode is None else mode == "max"

@@ -28,12 +28,13 @@ from .base import SchedulerFactory, Trainer
 from .batches import even_batches
 from .choices import Choices
 from .costs import CostSources
-from .evaluator import PathEvaluator, larger_is_better, pinned
+from .evaluator import PathEvaluator, pinned
 from .evolution import EvolutionarySearch, check_evolution
 from .feasible import Candidate, FeasibleSpace, check_limits, ranked
 from .random_search import RandomSearch
 from .recalibration import recalibrate_, statistics_kept
 from .scored import ScoredChoices
+from .selection import larger_is_better
 from .setup import OptimizerLike
 
 __all__ = ["SPOSTrainer", "fair_paths"]
