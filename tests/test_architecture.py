@@ -22,6 +22,7 @@ LAYERS = (
     {"graph"},
     {"cost", "export"},
     {"pit"},
+    {"regularizers"},
     {"trainers"},
     {"cli"},
     {"__main__"},

@@ -23,7 +23,7 @@ from ..mutables.samplers import first_argmax
 from .memory import Cost, PeakMemory
 from .model import CostModel
 
-__all__ = ["MOST_ENUMERATED", "best_under_budget", "cost_range"]
+__all__ = ["MOST_ENUMERATED", "best_under_budget", "best_use", "cost_range"]
 
 _SOLVED, _NOTHING_FITS = 0, 2  # status of scipy's milp
 _MOST_CUTS = 200
@@ -40,12 +40,17 @@ def best_under_budget(
     log_probabilities: Mapping[str, Sequence[float]],
     costs: Mapping[str, Cost],
     budget: Mapping[str, float],
+    *,
+    least: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """The most probable choices whose costs are at most their budgets, as label -> option.
 
     Without a budget it is the argmax of every decision. Never above a budget; the best one as long as what options
     cost differs less than a millionfold (the solver's tolerance). InfeasibleTargetError with the reachable minimum
     when no architecture fits; ConfigurationError for a budget, a cost or a probability that cannot be used.
+
+    ``least``: cost -> at least so much of it, up to the solver's tolerance, if some architecture within the budget has
+    it; else it is left out of account.
 
     >>> from torch import nn
     >>> from oneshot import LayerChoice, count_params
@@ -54,8 +59,10 @@ def best_under_budget(
     {'a': 1}
     """
     _check(log_probabilities, costs, budget)
+    used = [(cost, low) for name, low in (least or {}).items() if isinstance(cost := costs[name], CostModel)]
     argmax = {label: first_argmax(row) for label, row in log_probabilities.items()}
-    if all(costs[name].of(argmax) <= limit for name, limit in budget.items()):
+    keeps = all(costs[name].of(argmax) <= limit for name, limit in budget.items())
+    if keeps and all(cost.of(argmax) >= low for cost, low in used):
         return argmax
     # Only differences within a decision count, and they leave the solver small numbers.
     score = {k: [-max(value - max(row), _LEAST_LOG) for value in row] for k, row in log_probabilities.items()}
@@ -63,13 +70,15 @@ def best_under_budget(
     additive = {name: cost for name in budget if isinstance(cost := costs[name], CostModel)}
     for name, cost in additive.items():
         program.at_most(cost, budget[name])
+    for cost, low in used:
+        program.at_least(cost, low)
     # The solver accepts what is above a budget by its tolerance. The budget is a promise: such choices are cut off,
     # with all that cost as much. None is the proof that nothing fits: a tolerance lets in, it never keeps out.
     only_additive = len(additive) == len(budget)
     for _ in range(_MOST_CUTS if only_additive else _MOST_ROUNDS):
         choices = program.minimum(score)
         if choices is None:
-            return _drawn_in(score, costs, budget)
+            return best_under_budget(log_probabilities, costs, budget) if used else _drawn_in(score, costs, budget)
         above = [name for name, limit in budget.items() if costs[name].of(choices) > limit]
         if not above:
             return choices
@@ -80,6 +89,50 @@ def best_under_budget(
         f"budget {dict(budget)}: neither the best architecture nor a proof that there is none was found in "
         f"{_MOST_ROUNDS} rounds; this happens where very many are just above it. Change the budget a little"
     )
+
+
+def best_use(costs: Mapping[str, Cost], budget: Mapping[str, float]) -> tuple[str, float] | None:
+    """The cost that can come nearest to its budget while all are kept, and the most that it then is.
+
+    None if no cost is a ``CostModel`` with a budget above 0, or nothing fits.
+
+    >>> from torch import nn
+    >>> from oneshot import LayerChoice, count_params
+    >>> net = nn.Sequential(LayerChoice([nn.Linear(2, 2), nn.Identity()], label="a"), nn.Linear(2, 1))
+    >>> best_use({"params": count_params(net)}, {"params": 8})  # 3, or with the Linear 9
+    ('params', 3.0)
+    """
+    found = []
+    for name, limit in budget.items():
+        cost = costs[name]
+        if not isinstance(cost, CostModel) or not limit > 0:
+            continue
+        most = _most(cost, costs, budget)
+        if most is not None:
+            found.append((most / limit, name, most))
+    if not found:
+        return None
+    _, name, most = max(found)
+    return name, most
+
+
+def _most(cost: CostModel, costs: Mapping[str, Cost], budget: Mapping[str, float]) -> float | None:
+    """The largest value of one cost within all budgets."""
+    program = _Program({label: n for other in budget for label, n in costs[other].sizes.items()})
+    for other, limit in budget.items():
+        of_other = costs[other]
+        if isinstance(of_other, CostModel):
+            program.at_most(of_other, limit)
+    objective = program.linear(cost, -1.0).coefficients
+    for _ in range(_MOST_CUTS):
+        choices = program.solve(objective)
+        if choices is None:
+            return None
+        above = [other for other, limit in budget.items() if costs[other].of(choices) > limit]
+        if not above:
+            return cost.of(choices)
+        program.cut_off(costs[above[0]], budget[above[0]], choices)
+    return None
 
 
 def cost_range(cost: Cost) -> tuple[float, float]:
@@ -235,8 +288,12 @@ class _Program:
             self.rows.append((below, 1.0 - len(term.when), np.inf))
         return _Linear(coefficients, constant)
 
-    def at_most(self, cost: CostModel, limit: float, margin: float = 0.0) -> None:
-        linear = self.linear(cost)
+    def at_least(self, cost: CostModel, low: float) -> None:
+        self.at_most(cost, -low, sign=-1.0)
+
+    def at_most(self, cost: CostModel, limit: float, margin: float = 0.0, sign: float = 1.0) -> None:
+        """sign * cost <= limit."""
+        linear = self.linear(cost, sign)
         room = (limit - linear.constant) / linear.unit
         # Between two whole numbers there is nothing: a budget in the middle is the same one, far from both.
         room = math.floor(room) + 0.5 if linear.whole else room + _SLACK

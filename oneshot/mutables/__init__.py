@@ -6,6 +6,7 @@ from .base import after_step as after_step
 from .base import arch_parameters as arch_parameters
 from .base import decisions as decisions
 from .base import draw as draw
+from .base import lead_ as lead_
 from .base import set_sampler as set_sampler
 from .base import weight_parameters as weight_parameters
 from .input_choice import InputChoice as InputChoice

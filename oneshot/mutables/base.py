@@ -160,6 +160,9 @@ class Mutable(AlphaModule, ABC):
         return self.sampler.gate(self.alpha, self.drawn)  # type: ignore[arg-type]
 
 
+_LEAD = 1e-3  # of an alpha: more than it is rounded by
+
+
 def keeping_precision(fn: Callable[[Tensor], Tensor], alpha: Tensor) -> Tensor:
     """What ``nn.Module._apply`` does, but for casts to half precision: these only move to the device."""
     result = fn(alpha)
@@ -299,6 +302,23 @@ def after_step(model: Searchable) -> None:
         member = decision.members[0]
         if member.alpha is not None and member.alpha_at_draw is not None:
             member.sampler.after_step(member.alpha, member.alpha_at_draw, member.drawn)
+
+
+@torch.no_grad()
+def lead_(model: Searchable, options: Mapping[str, int]) -> None:
+    """Let these options have the largest alpha of their decisions, by as little as it takes.
+
+    >>> from oneshot import LayerChoice
+    >>> choice = LayerChoice([nn.Identity(), nn.ReLU(), nn.Tanh()], label="act")
+    >>> lead_(nn.Sequential(choice), {"act": 2})
+    >>> [round(a, 3) for a in choice.alpha.tolist()]
+    [0.0, 0.0, 0.001]
+    """
+    for label, decision in _of(model).items():
+        alpha, option = decision.alpha, options[label]
+        if alpha.argmax() != option or bool((alpha == alpha.max()).sum() > 1):
+            most = alpha.max()
+            alpha[option] = most + _LEAD * most.abs().clamp(min=1)
 
 
 def arch_parameters(model: nn.Module) -> list[nn.Parameter]:

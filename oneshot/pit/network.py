@@ -30,9 +30,10 @@ from .conversion import Plan, find_space, learn_widths, take_masks
 from .mask_set import FlatMasks, MaskSet
 from .masked_cost import CostTerms, MaskedCosts, Odds, parameter_terms, spec_terms
 from .presence import holds
+from .projection import Projection
 from .report import PITReport, report_of
 from .search_space import SearchSpace, cut_network, rewriter_of, shapes_of
-from .selection import check_labels, inverse_variation, sampler_of, set_choices, taken
+from .selection import check_labels, choose_, inverse_variation, sampler_of, set_choices, taken
 from .sizes import Sizes
 from .summary import summary_row
 from .trial import NoDropout
@@ -225,13 +226,16 @@ class SearchedNetwork(SearchModel):
     @torch.no_grad()
     def hard_costs(self) -> dict[str, float]:
         """All costs by name, as ``hard_cost`` returns them."""
-        chances = None
-        if self._chances is not None:
-            every = {label: torch.eye(len(d.options), device=d.alpha.device) for label, d in self.choices.items()}
-            chances = self._chances({label: every[label][index] for label, index in self._indices().items()})
-        found = self._costs(self.masks.sizes(self.masks().hard), chances).tolist()
+        found = self._costs(self.masks.sizes(self.masks().hard), self._chances_now()).tolist()
         # As a decimal number of 15 digits, as CostModel.of has it: a budget that is met is not missed by a rounding.
         return {name: float(f"{cost:.15g}") for name, cost in zip(self.cost_names, found, strict=True)}
+
+    def _chances_now(self) -> Tensor | None:
+        """Which conditions hold in the network that would be exported now, as probabilities; None without choices."""
+        if self._chances is None:
+            return None
+        every = {label: torch.eye(len(d.options), device=d.alpha.device) for label, d in self.choices.items()}
+        return self._chances({label: every[label][index] for label, index in self._indices().items()})
 
     @torch.no_grad()
     def _cost_models(self) -> dict[str, CostModel]:
@@ -254,6 +258,42 @@ class SearchedNetwork(SearchModel):
         costs = self._costs.at(smallest, self.network)
         uniform = {label: [0.0] * len(decision.options) for label, decision in self.choices.items()}
         best_under_budget(uniform, {name: costs[name] for name in targets}, targets)
+
+    @torch.no_grad()
+    def keep_targets_(self, targets: Mapping[str, float], *, fills: bool = False) -> None:
+        """Bring choices and masks to a network whose hard costs are at most ``targets``, cost -> largest value.
+
+        Alphas move as little as they can. If no masks are small enough for the likeliest options, the most probable
+        ones that can meet all targets take their place, exactly; then the units that are worth least, by |alpha| per
+        cost, are switched off. ``fills``: where every target is used to less than 95 %, what is worth most and fits is
+        switched on; without masks, the most probable options that use 95 % of the most that any do. Only what learns
+        moves. InfeasibleTargetError if there is no such network.
+        """
+        for name in targets:
+            self._check_cost(name)
+        if self.choices:
+            self._choose(targets, fills=fills and not len(self.masks))
+        if len(self.masks):
+            self._projection(targets)(fills=fills)
+
+    def lift_masks_(self, limits: Mapping[str, float]) -> None:
+        """Raise all alphas of masks alike until 95 % of one of these limits of hard costs are used."""
+        if len(self.masks):
+            self._projection(limits).lift()
+
+    def _projection(self, limits: Mapping[str, float]) -> Projection:
+        rows = [self._costs.names.index(name) for name in limits]
+        # A target of 0 allows what costs nothing.
+        tiny = torch.finfo(torch.float64).tiny
+        most = torch.tensor([max(limit, tiny) for limit in limits.values()], dtype=torch.float64)
+        most, chances = most.to(self.masks.one.device), self._chances_now()
+        return Projection(self.masks, lambda sizes: self._costs(sizes, chances)[rows] / most)
+
+    def _choose(self, targets: Mapping[str, float], *, fills: bool) -> None:
+        """Let options lead that can meet the targets, with the smallest masks if need be."""
+        smallest = torch.tensor(self.masks.lowest(learning=True), dtype=torch.float64, device=self.masks.one.device)
+        every = self._costs.at(smallest, self.network)
+        choose_(self.choices, {name: every[name] for name in targets}, targets, fills=fills)
 
     def get_regularization_loss(self) -> Tensor:
         """The only cost, for a loss: task + strength * this."""

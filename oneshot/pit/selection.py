@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import ArchMismatchError
-from ..mutables import Decision, GumbelSoftmax, Softmax
+from ..cost.decode import best_under_budget, best_use
+from ..cost.memory import Cost
+from ..errors import ArchMismatchError, InfeasibleTargetError
+from ..mutables import Decision, GumbelSoftmax, Softmax, lead_
+from ..mutables.samplers import first_argmax
 
-__all__ = ["inverse_variation", "sampler_of", "set_choices", "taken"]
+__all__ = ["USED", "choose_", "inverse_variation", "sampler_of", "set_choices", "taken"]
+
+USED = 0.95  # of a target that held a search back, or of the most that any architecture uses of it
 
 _DECIDED = 50.0  # of a logit above zeros: exp(-50) is 2e-22
 
@@ -48,6 +54,28 @@ def set_choices(choices: Mapping[str, Decision], indices: Mapping[str, int]) -> 
     for label, decision in choices.items():
         decision.alpha.zero_()
         decision.alpha[indices[label]] = _DECIDED
+
+
+def choose_(
+    choices: Mapping[str, Decision], costs: Mapping[str, Cost], targets: Mapping[str, float], *, fills: bool
+) -> None:
+    """Let the most probable options lead that keep all targets; exact.
+
+    ``fills``: those of them that use, of the target that can be used best, 95 % of the most that any do. Choices that
+    do not learn stay as they are. InfeasibleTargetError if nothing is within the targets.
+    """
+    use = best_use(costs, targets) if fills else None
+    least = None if use is None else {use[0]: USED * use[1]}
+    log_p = {label: d.alpha.detach().double().log_softmax(0).tolist() for label, d in choices.items()}
+    still = {k: first_argmax(log_p[k]) for k, d in choices.items() if not d.alpha.requires_grad}
+    for label, option in still.items():
+        log_p[label] = [0.0 if i == option else -math.inf for i in range(len(log_p[label]))]
+    found = best_under_budget(log_p, costs, targets, least=least)
+    if any(found[label] != option for label, option in still.items()):
+        raise InfeasibleTargetError(
+            f"targets {dict(targets)}: no architecture meets them with {still}, which are fixed"
+        )
+    lead_(choices, found)
 
 
 def check_labels(choices: Sequence[str], masks: Sequence[str]) -> None:

@@ -25,17 +25,22 @@ from ..export import arch_of, argmax_choices, fingerprint, verified_fixed, write
 from ..files import remove_leftovers
 from ..loggers import Progress
 from ..mutables import Sampler, after_step, arch_parameters, decisions, draw, set_sampler, weight_parameters
+from ..pit.network import SearchedNetwork
+from ..regularizers import Regularizer
 from .batches import even_batches, example_inputs
 from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
 from .checks import check_one_batch
+from .gradients import add_gradients
 from .meters import Meters
 from .modes import normalisations
+from .regularized import CostsOfStep, cost_terms, parts_of
 from .report import ReportRow, SearchReport
 from .rng import global_state, restore_global_state, seed_global_state, user_state_kept
 from .run_log import RunLog
 from .searched import Priced, Searched
 from .setup import OptimizerLike, check_counts, library_version, own_fabric, own_optimizer
 from .signals import signal_handled
+from .targets import Targets
 
 __all__ = ["Trainer"]
 
@@ -80,11 +85,20 @@ class Trainer(ABC):
         finetune_epochs: int = 0,
         finetune_optimizer: OptimizerLike | None = None,
         finetune_scheduler: SchedulerFactory | None = None,
+        targets: Mapping[str, float] | None = None,
+        regularizer: Regularizer | None = None,
     ) -> None:
         check_counts(num_epochs, warmup_epochs, batch_size, workers, log_frequency, checkpoint_every, finetune_epochs)
         self.searched, self.costs = searched, searched.costs
         self.model = model = searched.model
         self.decisions = decisions(model)
+        self.targets = Targets(searched, targets)
+        if not searched.costs.measures:
+            self.targets.check()
+        self.regularizer = regularizer
+        # The network as the user wrote it: its names are those that groups of weights were made with.
+        self._network = model.network if isinstance(model, SearchedNetwork) else model
+        self._of_costs, self._of_weights = parts_of(regularizer)
         self.loss, self.metrics = loss, metrics
         self.num_epochs, self.warmup_epochs, self.finetune_epochs = num_epochs, warmup_epochs, finetune_epochs
         self.dataset, self.valid_dataset = dataset, valid_dataset
@@ -100,7 +114,8 @@ class Trainer(ABC):
         self.finetune_optimizer = self.optimizer
         if finetune_epochs:
             self.finetune_optimizer = own_optimizer(finetune_optimizer or optimizer, self.weights)
-        self._first_lrs = {id(o): [g["lr"] for g in o.param_groups] for o in (self.optimizer, self.finetune_optimizer)}
+        optimizers = (self.optimizer, self.finetune_optimizer, self.arch_optimizer)
+        self._first_lrs = {id(o): [g["lr"] for g in o.param_groups] for o in optimizers}
         self._factories = {"warmup": warmup_scheduler, "search": scheduler, "finetune": finetune_scheduler}
         self.scheduler: LRScheduler | None = None
         self.generator = torch.Generator().manual_seed(mix_seed(seed, 0))
@@ -115,6 +130,7 @@ class Trainer(ABC):
         self._scheduler_state: dict[str, Any] | None = None
         self._global_state: dict[str, Any] | None = None
         self._phase_of_step = "warmup"  # of the last one
+        self._holds_kept = False  # whether the model is, or has become, that of a chosen epoch
         self._is_running = False
         self._stop_signal: int | None = None
         self._log: RunLog | None = None
@@ -129,21 +145,35 @@ class Trainer(ABC):
         Everything that can be wrong is looked at before the first step. Checkpoints go to ``checkpoint_dir`` after
         every epoch and every ``checkpoint_every`` steps.
         """
-        with user_state_kept(), ExitStack() as stack:
-            weight_batches, arch_batches = self._prepare()
-            stack.enter_context(self._running())
-            batches = stack.enter_context(closing(weight_batches.iterate(self.step)))
-            if arch_batches is not None:
-                self._arch_iterator = stack.enter_context(closing(arch_batches.iterate(self.arch_batches)))
-            self._enter_run()
-            while self.step < self.total_steps:
-                self._epoch(batches)
-            self._after_run()
-            if self._log is not None:
-                self._log.table(self.step, self.history[-1:])
+        self._run(lambda: self.total_steps)
         return self.history
 
     fit = train
+
+    def warm_up(self, path: str | os.PathLike[str]) -> None:
+        """Train the warm-up alone, and write it to a file that other trainers can ``start_from``."""
+        if not self.warmup_epochs:
+            raise ConfigurationError("warm_up(): warmup_epochs=0, there is nothing to train before the search")
+        self._run(lambda: self.warmup_epochs * self.steps_per_epoch)
+        self.save(path)
+
+    def start_from(self, path: str | os.PathLike[str]) -> None:
+        """Begin, at the next ``train()``, with the search that follows a warm-up of another trainer, from ``warm_up``.
+
+        It must have been the same network with the same data, seed and warm-up; how the architecture is searched, its
+        costs, strengths and targets may differ. What follows is what a run with a warm-up of its own would have done.
+        """
+        state = self._read(path, own=False)
+        epochs = [record["phase"] for record in state["history"]]
+        if epochs != ["warmup"] * self.warmup_epochs:
+            raise CheckpointError(
+                f"{path}: has {len(epochs)} epochs {sorted(set(epochs))}; a warm-up of {self.warmup_epochs} epochs, as "
+                "warm_up(path) writes it, is needed"
+            )
+        self._take(state)
+        for part, of_part in zip(self._of_weights, state["regularizers"], strict=False):
+            part.load_state_dict(of_part)
+        self._log_size = 0  # the file of that log lies elsewhere
 
     def evaluate(self, dataset: Dataset[Any] | None = None) -> dict[str, float]:
         """Loss and metrics, on ``dataset`` (default: ``valid_dataset``), of the network that would be exported now.
@@ -159,7 +189,7 @@ class Trainer(ABC):
         meters = Meters()
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
         dataset = Subset(dataset, order.tolist()) if self.decisions else dataset
-        with self.searched.as_found(settled=self._phase_of_step == "finetune"):
+        with self._within_targets(), self.searched.as_found(settled=self._phase_of_step == "finetune"):
             for inputs, target in even_batches(dataset, self.batch_size):
                 inputs, target = self._to_device(inputs), self._to_device(target)
                 with self.fabric.autocast():
@@ -182,7 +212,7 @@ class Trainer(ABC):
         network is rebuilt and compared with the searched one first; if they differ, ExportError says where and nothing
         is written.
         """
-        with self._as_kept(best):
+        with self._as_kept(best, budget):
             choices = self.searched.decide(budget)
             verified_fixed(self.model, choices, self._examples())
             if path is not None:
@@ -192,6 +222,7 @@ class Trainer(ABC):
                     "trainer": type(self).__name__,
                     "seed": self.seed,
                     "budget": dict(budget or {}),
+                    "targets": self.targets.by_cost,
                     **self.costs.facts(),
                 }
                 write_arch(path, self.model, choices, costs=costs, created_by=created_by)
@@ -203,7 +234,7 @@ class Trainer(ABC):
         Its BatchNorm statistics are the searched one's too, which mix all paths of choices unless a fine-tuning or
         ``SPOSTrainer`` has made them its own: ``recalibrate_(network, batches)`` before it is used as it is.
         """
-        with self._as_kept(best):
+        with self._as_kept(best, budget):
             return verified_fixed(self.model, self.searched.decide(budget), self._examples())
 
     def report(self, *, budget: Mapping[str, float] | None = None, best: bool = True) -> SearchReport:
@@ -212,7 +243,7 @@ class Trainer(ABC):
         ``budget`` as in ``export``; without one, targets are what the costs were compared with in the search. The
         rebuilt network is timed on the CPU, by the runtime and with the threads that the latency was measured with.
         """
-        with self._as_kept(best):
+        with self._as_kept(best, budget):
             choices = self.searched.decide(budget)
             plain = verified_fixed(self.model, choices, self._examples())
             targets = budget or self._cost_references()
@@ -249,6 +280,8 @@ class Trainer(ABC):
             "latency_table": None if self.latency_table is None else asdict(self.latency_table),
             "ended": dict(self._ended),
             "finetune_optimizer": self.finetune_optimizer.state_dict(),
+            "targets": self.targets.state_dict(),
+            "regularizers": [part.state_dict() for part in (*self._of_weights, *self._of_costs)],
             "own": self._own_state(),
         }
         write_checkpoint(Path(path), state)
@@ -258,6 +291,18 @@ class Trainer(ABC):
 
         A file that is damaged, or of another model or setting, is a CheckpointError and nothing is changed.
         """
+        state = self._read(path, own=True)
+        self._take(state)
+        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        if self.finetune_optimizer is not self.optimizer:
+            self.finetune_optimizer.load_state_dict(state["finetune_optimizer"])
+        self.targets.load_state_dict(state["targets"])
+        for part, of_part in zip((*self._of_weights, *self._of_costs), state["regularizers"], strict=True):
+            part.load_state_dict(of_part)
+        self._load_own_state(state["own"])
+
+    def _read(self, path: str | os.PathLike[str], *, own: bool) -> dict[str, Any]:
+        """A checkpoint that fits; ``own``: also in what concerns the search."""
         state = read_checkpoint(path)
         where = str(path)
         if state["trainer"] != type(self).__name__ or state["space"] != fingerprint(self.model):
@@ -265,15 +310,18 @@ class Trainer(ABC):
                 f"{where}: made by {state['trainer']} for search space {state['space']}, this is "
                 f"{type(self).__name__} with {fingerprint(self.model)}"
             )
-        there, here = state["settings"], self._settings()
+        there, here = state["settings"], self._settings() if own else self._shared_settings()
         different = {key: (there.get(key), value) for key, value in here.items() if there.get(key) != value}
         if different:
             text = ", ".join(f"{k} {was!r} there and {now!r} here" for k, (was, now) in different.items())
             raise CheckpointError(f"{where}: made with other settings: {text}")
         check_fits(state["model"], self.model, where)
+        return state
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """All of a checkpoint but what is of the search, or of what comes after it."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
         self.generator.set_state(state["generator"])
         self._meters.load_state_dict(state["meters"])
         self.step, self.arch_batches = state["step"], state["arch_batches"]
@@ -284,9 +332,7 @@ class Trainer(ABC):
         self._log_size = state["log_size"]
         self._ended = dict(state["ended"])
         self._phase_of_step = self.history[-1]["phase"] if self.history else "warmup"
-        if self.finetune_optimizer is not self.optimizer:
-            self.finetune_optimizer.load_state_dict(state["finetune_optimizer"])
-        self._load_own_state(state["own"])
+        self._holds_kept = self._phase_of_step == "finetune"
 
     @property
     def latency_table(self) -> LatencyTable | None:
@@ -313,7 +359,7 @@ class Trainer(ABC):
 
     def _cost_references(self) -> Mapping[str, float]:
         """What these costs are compared with, in their units."""
-        return {}
+        return self.targets.by_cost
 
     def _check_run(self) -> None:
         """Raise for a plan that cannot work, with everything known but before the first step."""
@@ -327,9 +373,9 @@ class Trainer(ABC):
     def _after_run(self) -> None:
         """What is done when all phases are over."""
 
-    def _as_kept(self, best: bool) -> AbstractContextManager[None]:
-        """Inside, the model is as in the epoch that is kept, if ``best`` and one is."""
-        return nullcontext()
+    def _as_kept(self, best: bool, budget: Mapping[str, float] | None) -> AbstractContextManager[None]:
+        """Inside, the model is as in the epoch that is kept, if ``best`` and one is; else within the targets."""
+        return self._within_targets() if best and not budget else nullcontext()
 
     def _own_settings(self) -> dict[str, Any]:
         """What else must be the same when a run is taken up again."""
@@ -366,8 +412,25 @@ class Trainer(ABC):
         loss, output, target = self._forward(batch, self.loss)
         self._check_finite({"loss": loss})
         self.fabric.backward(loss)
+        noted = self._regularize_weights(loss)
         self._step_weights()
-        self._note({"loss": loss, **self._measured(output, target)})
+        self._note({"loss": loss, **noted, **self._measured(output, target)})
+
+    def _regularize_weights(self, loss: Tensor) -> dict[str, Tensor | float]:
+        """Add the gradients of the weights' regularizers to those there are; what to note of these."""
+        if not self._of_weights:
+            return {}
+        noted: dict[str, Tensor | float] = {}
+        total = torch.zeros_like(loss.detach())
+        moved = [weight for weight in self.weights if weight.grad is not None]
+        for part in self._of_weights:
+            value = part(self._network, self.epoch, sum(self.phases.values()))
+            total = total + value.detach()
+            noted.update({f"{name}_value": number for name, number in part.last.items()})
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, moved, allow_unused=True)
+                noted[f"{type(part).__name__}_gradient_share"] = add_gradients(moved, gradients)
+        return {**noted, "weight_penalty_share": total / (loss.detach() + total).clamp_min(1e-30)}
 
     def _step_weights(self) -> None:
         """Move the weights by the gradients that they have."""
@@ -382,6 +445,35 @@ class Trainer(ABC):
 
     def _after_arch_step(self) -> None:
         after_step(self.decisions)
+
+    @property
+    def _progress(self) -> float:
+        """The share of the search that is done."""
+        if self.split is None:  # the run has not begun
+            return 0.0
+        done = self.search_step / max(self.phases["search"] * self.steps_per_epoch, 1)
+        return min(max(done, 0.0), 1.0)
+
+    def _terms_of(self, costs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the regularizers of costs add to the loss at these costs; their epochs are those of the search."""
+        if not self._of_costs:
+            return {}
+        epoch = max(self.epoch - self.warmup_epochs, 0)
+        return cost_terms(self._of_costs, CostsOfStep(self.searched, costs), epoch, self.num_epochs)
+
+    def _settle(self) -> None:
+        """Before a step of the architecture."""
+        self.targets.settle(self.arch_optimizer, self._first_lrs[id(self.arch_optimizer)], self._progress)
+
+    def _keep_targets(self, every: int = 1) -> None:
+        """After a step of the architecture, of which there is one every so many steps of the search."""
+        if self.targets:
+            steps = self.phases["search"] * self.steps_per_epoch / every
+            self.targets.after_step(self._progress, steps=max(steps, 1))
+
+    def _within_targets(self) -> AbstractContextManager[None]:
+        """Inside, the architecture keeps the targets; one that was chosen before the fine-tuning stays as it is."""
+        return nullcontext() if self._holds_kept else self.targets.kept(self._progress)
 
     def _note(self, values: Mapping[str, Tensor | float]) -> None:
         self._meters.add(values)
@@ -461,6 +553,22 @@ class Trainer(ABC):
 
     # ---- the run -----------------------------------------------------------------------------------------------
 
+    def _run(self, last_step: Callable[[], int]) -> None:
+        """Train up to that step; the end of the run is what comes after the last one."""
+        with user_state_kept(), ExitStack() as stack:
+            weight_batches, arch_batches = self._prepare()
+            stack.enter_context(self._running())
+            batches = stack.enter_context(closing(weight_batches.iterate(self.step)))
+            if arch_batches is not None:
+                self._arch_iterator = stack.enter_context(closing(arch_batches.iterate(self.arch_batches)))
+            self._enter_run()
+            while self.step < last_step():
+                self._epoch(batches)
+            if self.step >= self.total_steps:
+                self._after_run()
+                if self._log is not None:
+                    self._log.table(self.step, self.history[-1:])
+
     def _prepare(self) -> tuple[BatchStream, BatchStream | None]:
         dataset, arch_dataset = self.dataset, self.arch_dataset
         if dataset is None or arch_dataset is None:
@@ -488,12 +596,31 @@ class Trainer(ABC):
             arch_batches = BatchStream(arch_dataset, self.split.arch, seed=mix_seed(self.seed, 6), **common)
         check_one_batch(self.model, self.loss, dataset)
         self.searched.check_export(self._examples())
+        self._check_regularizers()
         self._check_run()
         self.fabric.to_device(self.model)
         if self.checkpoint_dir is not None and self.fabric.is_global_zero:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.checkpoint_dir)
         return weight_batches, arch_batches
+
+    def _check_regularizers(self) -> None:
+        """Errors of targets and regularizers, with everything known but before the first step."""
+        self.targets.check()
+        for part in self._of_costs:
+            part.check(CostsOfStep(self.searched, {}))
+        for part in self._of_weights:
+            part.check(self._network)
+        if self.step == 0 and self._of_weights:
+            assert self.dataset is not None
+            samples = Subset(self.dataset, range(min(self.batch_size, len(self.dataset))))  # type: ignore[arg-type]
+            batch = next(even_batches(samples, self.batch_size))
+
+            def closure() -> Tensor:
+                return self._forward(batch, self.loss, again=True)[0]
+
+            for part in self._of_weights:
+                part.calibrate(self._network, closure)
 
     def _split(self, dataset: Dataset[Any], n: int) -> Split:
         """What trains the weights and what trains the architecture; without ``arch_fraction``, all of it both."""
@@ -546,6 +673,7 @@ class Trainer(ABC):
         for earlier in list(phases)[: list(phases).index(phase)]:
             self._end_phase(earlier, phases[earlier])
         self._enter_phase(phase)
+        self.targets.forget_step()
         if phase == "finetune":
             self.finetune_optimizer.state.clear()
         self._build_scheduler()
@@ -592,14 +720,16 @@ class Trainer(ABC):
         values: dict[str, Any] = {**self._meters.averages(), **self.searched.numbers(self._argmax, now)}
         for name, (soft, hard) in self.searched.soft_and_hard().items():
             values[f"{name}_soft"], values[f"{name}_hard"] = soft, hard
-        if self.valid_dataset is not None:
-            values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
-        self._argmax = now
-        self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
-        self._log_values("epoch", phase, epoch, values)
         if self._log is not None:
             self._log.probabilities(self.step, self.searched.shares())
-        self._after_epoch(phase)
+        with self._within_targets():
+            values.update(self.targets.values())
+            if self.valid_dataset is not None:
+                values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
+            self._argmax = now
+            self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
+            self._log_values("epoch", phase, epoch, values)
+            self._after_epoch(phase)
 
     def _log_values(self, kind: str, phase: str, epoch: int, values: Mapping[str, Any]) -> None:
         if self._log is not None:
@@ -630,6 +760,9 @@ class Trainer(ABC):
         self._stop_signal = None
         with ExitStack() as stack:
             stack.callback(self._leave_run)
+            for optimizer in {id(o): o for o in (self.optimizer, self.finetune_optimizer)}.values():
+                for part in self._of_weights:
+                    part.attach(self._network, optimizer)
             if writes and self.checkpoint_dir is not None:
                 self._log = stack.enter_context(RunLog(self.checkpoint_dir, size=self._log_size, step=self.step))
             if self.checkpoint_dir is not None:
@@ -638,6 +771,8 @@ class Trainer(ABC):
             yield
 
     def _leave_run(self) -> None:
+        for part in self._of_weights:
+            part.detach()
         if self._is_running:
             self._global_state = global_state()
         self._scheduler_state = None if self.scheduler is None else self.scheduler.state_dict()
@@ -652,8 +787,8 @@ class Trainer(ABC):
     def _examples(self) -> list[tuple[Any, ...]]:
         return example_inputs(self.model, self.dataset, self.searched.example())
 
-    def _settings(self) -> dict[str, Any]:
-        """What must be the same when a run is taken up again."""
+    def _shared_settings(self) -> dict[str, Any]:
+        """What must be the same in a warm-up that is taken over."""
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -661,8 +796,17 @@ class Trainer(ABC):
             "warmup_epochs": self.warmup_epochs,
             "world_size": self.fabric.world_size,
             "optimizer": type(self.optimizer).__name__,
-            "costs": self.searched.fingerprint(),
             "parameters per group": [len(group["params"]) for group in self.optimizer.param_groups],
+            "regularizers of weights": [part.settings() for part in self._of_weights],
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same when a run is taken up again."""
+        return {
+            **self._shared_settings(),
+            "costs": self.searched.fingerprint(),
+            "targets": self.targets.by_cost,
+            "regularizers of costs": [part.settings() for part in self._of_costs],
             **self._own_settings(),
         }
 

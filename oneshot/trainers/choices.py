@@ -16,6 +16,7 @@ from ..export import argmax_choices
 from ..graph import evaluated
 from ..mutables import Argmax, arch_parameters, decisions
 from ..mutables.base import SearchModel
+from ..pit.selection import choose_
 from .checks import check_export
 from .costs import CostSources
 from .meters import mean_entropy, soft_and_hard
@@ -126,6 +127,18 @@ class Choices(Searched):
 
     def reachable(self, names: Collection[str]) -> dict[str, tuple[float, float]]:
         return {name: cost_range(self.cost_model(name)) for name in names}
+
+    def hard(self, names: Collection[str]) -> dict[str, float]:
+        now = argmax_choices(self.model)
+        return {name: self.cost_model(name).of(now) for name in names}
+
+    def keep_targets_(self, targets: Mapping[str, float], *, fills: bool) -> None:
+        if self.train_selection:
+            choose_(self.decisions, {name: self.cost_model(name) for name in targets}, targets, fills=fills)
+
+    @property
+    def has_masks(self) -> bool:
+        return False
 
     def check_targets(self, targets: Mapping[str, float]) -> None:
         uniform = {label: [0.0] * len(d.options) for label, d in self.decisions.items()}

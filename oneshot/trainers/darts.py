@@ -17,6 +17,7 @@ from ..cost.hardware import Hardware
 from ..data import mix_seed
 from ..errors import ConfigurationError
 from ..mutables import Softmax
+from ..regularizers import Regularizer
 from .base import SchedulerFactory, Trainer
 from .batches import even_batches
 from .choices import Choices
@@ -58,8 +59,8 @@ class DARTSTrainer(Trainer):
 
     All candidates run and keep their activations: memory grows with their number. The cost term is added to L_valid:
     either ProxylessNAS's, ``grad_reg_loss_type``, or with ``strength`` s_k and the expected cost E_k
-    sum_k s_k E_k, with ``targets`` sum_k s_k max(0, E_k - T_k). The network that is exported has a cost of its own:
-    give ``export`` a ``budget`` to meet one exactly. BatchNorm statistics at the end are those of the mixture.
+    sum_k s_k E_k. ``targets`` are met by the network that is exported,
+    with a strength or without, as in ``ProxylessTrainer``. BatchNorm statistics at the end are those of the mixture.
 
     Args:
         model, loss, metrics, optimizer, dataset, valid_dataset, arch_dataset, arch_loss: as in ``ProxylessTrainer``,
@@ -74,7 +75,8 @@ class DARTSTrainer(Trainer):
         grad_clip: largest norm of the gradients of all weights in a weight step; None: no limit.
         arch_fraction: of the training set, for the alphas; stratified and seeded.
         grad_reg_loss_type, grad_reg_loss_params, ref_latency: as in ``ProxylessTrainer``.
-        strength, targets: instead of these, per unit of a cost: one number for all costs, or cost -> number.
+        strength: instead of these, per unit of a cost: one number for all costs, or cost -> number.
+        targets, regularizer: as in ``ProxylessTrainer``.
         normalize: costs are divided by their expectation under equally probable options, or, with ``strength``, costs
             and targets by the largest cost of the space.
         early_stop: when to end the search before the alphas collapse into skips; see ``EarlyStop``. ``history`` has
@@ -118,6 +120,7 @@ class DARTSTrainer(Trainer):
         ref_latency: float | Mapping[str, float] = DEFAULT_REFERENCE,
         strength: float | Mapping[str, float] | None = None,
         targets: Mapping[str, float] | None = None,
+        regularizer: Regularizer | None = None,
         normalize: bool = False,
         arch_loss: Callable[[Any, Any], Tensor] | None = None,
         arch_dataset: Dataset[Any] | None = None,
@@ -164,6 +167,8 @@ class DARTSTrainer(Trainer):
             checkpoint_dir=checkpoint_dir,
             checkpoint_every=checkpoint_every,
             progress=progress,
+            targets=targets,
+            regularizer=regularizer,
         )
         self.arch_loss = loss if arch_loss is None else arch_loss
         if self.arch_fraction is None:
@@ -178,7 +183,7 @@ class DARTSTrainer(Trainer):
         self.alphas = [d.alpha for d in self.decisions.values()]
         self.monitor = None if early_stop is None else CollapseMonitor(early_stop, self.decisions)
         self.stopped: Stopped | None = None
-        self._take_costs(grad_reg_loss_type, grad_reg_loss_params, ref_latency, strength, targets, normalize)
+        self._take_costs(grad_reg_loss_type, grad_reg_loss_params, ref_latency, strength, normalize)
 
     def _take_costs(
         self,
@@ -186,22 +191,21 @@ class DARTSTrainer(Trainer):
         params: Mapping[str, float | Mapping[str, float]] | None,
         references: float | Mapping[str, float],
         strength: float | Mapping[str, float] | None,
-        targets: Mapping[str, float] | None,
         normalize: bool,
     ) -> None:
         if normalize and references != DEFAULT_REFERENCE:
             raise ConfigurationError(f"normalize=True and ref_latency={references}: give one of them")
         if references is None and strength is None and self.costs.names:
             raise ConfigurationError("ref_latency=None: a finite number is needed, or normalize=True")
-        if strength is None and targets is not None:
-            raise ConfigurationError(f"targets={dict(targets)}: they need a strength, in loss per unit of the cost")
+        if (self.targets or self.regularizer) and params is None and references == DEFAULT_REFERENCE and not normalize:
+            kind = None  # it was not asked for
         if strength is not None and (params is not None or references != DEFAULT_REFERENCE or not self.costs.names):
             raise ConfigurationError(
                 f"strength={strength}: with it, give cost or applied_hardware, and leave out grad_reg_loss_params and "
                 "ref_latency, which are of another cost term"
             )
         self.normalize = normalize
-        self.penalty = None if strength is None else Penalty(strength, targets, normalize, self.costs.names)
+        self.penalty = None if strength is None else Penalty(strength, normalize, self.costs.names)
         units = {name: self.costs.unit(name) for name in self.costs.names} if strength is None else {}
         self.cost_loss = CostLoss(kind, params, None if normalize else references, units)
 
@@ -229,6 +233,7 @@ class DARTSTrainer(Trainer):
         learning = [alpha for alpha in self.alphas if alpha.requires_grad and alpha.numel() > 1]
         decided = [alpha for alpha in self.alphas if alpha.numel() == 1]  # nothing to learn, and no second derivative
         expected = self.choices.step_costs()
+        pull = self.targets.pull(expected, learning, self._progress)
         task: list[Tensor] = []
 
         def valid() -> Tensor:
@@ -245,12 +250,16 @@ class DARTSTrainer(Trainer):
 
         with frozen_statistics(self.norms), frozen_weights(decided):
             of_task = self._task_gradients(train, valid, learning)
-        total = self._with_costs(task[0], expected)
+        terms = self._terms_of(expected)
+        total = torch.stack([self._with_costs(task[0], expected), *terms.values()]).sum()
         add_gradients(learning, of_task)
+        pulled = self.targets.add(pull, learning)
         share = add_gradients(learning, gradients_of(total, learning))
         self._average_gradients(learning)
         self.arch_optimizer.step()
-        self._note({"arch_loss": total, "cost_share": share, **_named(expected)})
+        self._keep_targets()
+        shares = {"cost_share": share} if pulled is None else {"cost_share": share, "target_share": pulled}
+        self._note({"arch_loss": total, **shares, **terms, **_named(expected)})
 
     def _task_gradients(
         self, train: Callable[[], Tensor], valid: Callable[[], Tensor], alphas: Sequence[nn.Parameter]
@@ -273,7 +282,7 @@ class DARTSTrainer(Trainer):
         return self.cost_loss(task, costs) if self.penalty is None else task + self.penalty(costs)
 
     def _cost_references(self) -> Mapping[str, float]:
-        return self.cost_loss.references if self.penalty is None else self.penalty.targets
+        return {**self.cost_loss.references, **self.targets.by_cost}
 
     # ---- when to stop ------------------------------------------------------------------------------------------
 
@@ -312,10 +321,9 @@ class DARTSTrainer(Trainer):
     def _check_run(self) -> None:
         uniform = {k: torch.full((len(d.options),), 1 / len(d.options)) for k, d in self.decisions.items()}
         at_start = {name: self.choices.cost_model(name).soft(uniform) for name in self.costs.names}
-        if self.penalty is not None:
-            self.choices.check_targets(self.penalty.targets)
-            self.penalty.refer_to(self.choices.reachable(self.penalty.needed))
-        elif self.normalize:
+        if self.penalty is not None and self.penalty.normalize:
+            self.penalty.refer_to(self.choices.reachable(self.penalty.strength))
+        elif self.penalty is None and self.normalize:
             self.cost_loss.refer_to({name: float(cost) for name, cost in at_start.items()})
         self._with_costs(torch.tensor(1.0), at_start)
         if self.penalty is None and self.cost_loss.kind == "mul#log":
@@ -347,7 +355,6 @@ class DARTSTrainer(Trainer):
             "alpha_std": self.alpha_std,
             "grad_clip": self.grad_clip,
             "strength": None if self.penalty is None else self.penalty.strength,
-            "targets": None if self.penalty is None else self.penalty.targets,
             "normalize": self.normalize,
             "arch_optimizer": type(self.arch_optimizer).__name__,
             "early_stop": None if self.monitor is None else self.monitor.settings(),

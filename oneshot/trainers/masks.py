@@ -159,6 +159,20 @@ class Masks(Searched):
         if targets and self.network.choices:
             self.network.check_reachable(targets)  # all at once
 
+    def hard(self, names: Collection[str]) -> dict[str, float]:
+        found = self.network.hard_costs()
+        return {name: found[name] for name in names}
+
+    def keep_targets_(self, targets: Mapping[str, float], *, fills: bool) -> None:
+        self.network.keep_targets_(targets, fills=fills)
+
+    def lift_masks_(self, limits: Mapping[str, float]) -> None:
+        self.network.lift_masks_(limits)
+
+    @property
+    def has_masks(self) -> bool:
+        return len(self.network.masks) > 0
+
     def idle(self) -> list[nn.Parameter]:
         return self.network.idle_masks() if self.network.choices else []
 

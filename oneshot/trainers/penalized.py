@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 from ..errors import ConfigurationError, InfeasibleTargetError
 from ..graph import evaluated
 from ..mutables import Sampler, arch_parameters
+from ..regularizers import Regularizer
 from .base import SchedulerFactory, Trainer
 from .batches import even_batches
 from .checkpoint import BEST
@@ -44,7 +45,9 @@ class PenalizedArguments(TypedDict, total=False):
     dataset: Dataset[Any] | None
     warmup_epochs: int
     finetune_epochs: int
+    strength: float | Mapping[str, float]
     targets: Mapping[str, float] | None
+    regularizer: Regularizer | None
     normalize: bool
     finetune_optimizer: OptimizerLike | None
     arch_dataset: Dataset[Any] | None
@@ -83,9 +86,10 @@ def known_arguments(trainer: str, given: PenalizedArguments) -> PenalizedArgumen
 class PenalizedTrainer(Trainer):
     """Warm-up, search, fine-tuning; in the search the loss of the architecture is
 
-        L = F(CE, C) + sum_k s_k C_k (with a target T_k: s_k max(0, C_k - T_k)) + what keeps choices undecided,
+        L = F(CE, C) + sum_k s_k C_k + regularizers of costs + what keeps choices undecided,
 
-    with the costs C of the step and F(CE, C) = CE unless a ``cost_loss`` says otherwise. The weights learn from CE.
+    with the costs C of the step and F(CE, C) = CE unless a ``cost_loss`` says otherwise; targets pull besides that, as
+    ``Budget`` says. The weights learn from CE and from regularizers of weights.
     With ``arch_fraction=0`` one forward and one backward of the same batch move both; else every step of the weights is
     followed by one of the architecture, on a batch of its own part, and no weight and no BatchNorm statistic moves in
     it.
@@ -99,7 +103,6 @@ class PenalizedTrainer(Trainer):
         self,
         searched: Searched,
         *,
-        strength: float | Mapping[str, float],
         arch_optimizer: Callable[[list[nn.Parameter]], Optimizer],
         sampling: Sampling | None = None,
         decidedness: Decidedness | None = None,
@@ -111,7 +114,9 @@ class PenalizedTrainer(Trainer):
         dataset: Dataset[Any] | None = None,
         warmup_epochs: int = 0,
         finetune_epochs: int = 0,
+        strength: float | Mapping[str, float] = 0.0,
         targets: Mapping[str, float] | None = None,
+        regularizer: Regularizer | None = None,
         normalize: bool = False,
         finetune_optimizer: OptimizerLike | None = None,
         arch_dataset: Dataset[Any] | None = None,
@@ -135,7 +140,7 @@ class PenalizedTrainer(Trainer):
         checkpoint_every: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.penalty = Penalty(strength, targets, normalize, searched.names)
+        self.penalty = Penalty(strength, normalize, searched.names)
         super().__init__(
             searched,
             loss=loss,
@@ -164,6 +169,8 @@ class PenalizedTrainer(Trainer):
             checkpoint_dir=checkpoint_dir,
             checkpoint_every=checkpoint_every,
             progress=progress,
+            targets=targets,
+            regularizer=regularizer,
         )
         if arch_dataset is not None and self.arch_fraction is None:
             raise ConfigurationError(
@@ -196,7 +203,12 @@ class PenalizedTrainer(Trainer):
 
     def _learning(self) -> list[nn.Parameter]:
         """The architecture parameters that are trained."""
-        return self.searched.learning(self.penalty.pulls)
+        return self.searched.learning(self._pulls)
+
+    @property
+    def _pulls(self) -> bool:
+        """Whether any cost can ever pull at the architecture."""
+        return self.targets.pulls or self.penalty.pulls or any(part.pulls for part in self._of_costs)
 
     def _still(self) -> list[nn.Parameter]:
         learning = {id(p) for p in self._learning()}
@@ -222,6 +234,7 @@ class PenalizedTrainer(Trainer):
         with frozen_weights(self._still()):
             task, output, target = self._forward(batch, self.loss)
             noted = self._backward("loss", task)
+        noted.update(self._regularize_weights(task))
         self._step_weights()
         self._step_arch()
         self._note({**noted, **self._measured(output, target)})
@@ -242,11 +255,13 @@ class PenalizedTrainer(Trainer):
         self._check_finite({name: task, **costs})
         # The loss sees each part as a variable of its own, so that their shares of the gradient are known.
         of_task, paid = _variable(task), {k: _variable(cost) for k, cost in costs.items()}
-        penalty = self.penalty(paid)
+        terms_of_costs = self._terms_of(paid)
+        penalty = torch.stack([self.penalty(paid).to(of_task), *terms_of_costs.values()]).sum()
         total = of_task if self.cost_loss is None else self.cost_loss(of_task, paid)
         (total + penalty).backward()
         # Apart from the task's, and before it: the masks of this step are in both graphs.
         of_costs = weighted_gradients(costs, {k: variable.grad for k, variable in paid.items()}, learning)
+        pull = self.targets.pull(costs, learning, self._progress)
         terms = self.decidedness.terms([d.alpha for d in self.decisions.values()])
         of_terms = weighted_gradients(terms, {k: torch.ones_like(term) for k, term in terms.items()}, learning)
         # A candidate that is evaluated only for the gradient of its gate keeps its statistics.
@@ -254,24 +269,27 @@ class PenalizedTrainer(Trainer):
             self.fabric.backward(task)
         if self.cost_loss is not None and of_task.grad is not None:
             _scale(learning, of_task.grad)
+        pulled = self.targets.add(pull, learning)
         share = add_gradients(learning, of_costs)
         add_gradients(learning, of_terms)
-        return {name: task, "penalty": penalty, "cost_share": share, **terms}
+        found: dict[str, Tensor | float] = {name: task, "penalty": penalty, "cost_share": share}
+        if pulled is not None:
+            found["target_share"] = pulled
+        return {**found, **terms_of_costs, **terms}
 
     def _step_arch(self) -> None:
         for parameter in self.searched.idle():
             parameter.grad = None  # momentum would move it
         self._average_gradients(self._learning())
+        self._settle()
         self.arch_optimizer.step()
         self.searched.clip_()
-
-    def _cost_references(self) -> Mapping[str, float]:
-        return self.penalty.targets
+        self._keep_targets()
 
     # ---- which epoch is kept -----------------------------------------------------------------------------------
 
     def _after_epoch(self, phase: str) -> None:
-        if phase == "warmup" or (phase == "search" and not self.penalty.targets):
+        if phase == "warmup" or (phase == "search" and not self.targets.by_cost):
             return
         if phase == "finetune" and self.valid_dataset is None:
             self._best = None  # the last one is kept, and it is the network itself
@@ -287,7 +305,7 @@ class PenalizedTrainer(Trainer):
                 self.save(self.checkpoint_dir / BEST)
 
     def _is_met(self, record: Record) -> bool:
-        return self.penalty.is_met({name: record[f"{name}_hard"] for name in self.penalty.targets})
+        return self.targets.are_met({name: record[f"{name}_hard"] for name in self.targets.by_cost})
 
     def _enter_phase(self, phase: str) -> None:
         if phase == "finetune":
@@ -303,13 +321,14 @@ class PenalizedTrainer(Trainer):
             self._check_targets()
         else:
             self.model.load_state_dict(self._best)
+        self._holds_kept = True
 
     def _check_targets(self) -> None:
-        targets = self.penalty.targets
+        targets = self.targets.by_cost
         if not targets:
             return
         now = {name: hard for name, (_, hard) in self.searched.soft_and_hard().items()}
-        if self.penalty.is_met(now):
+        if self.targets.are_met(now):
             return
         found = [record for record in self.history if record["phase"] != "warmup"]
         least, texts = self.searched.reachable(targets), []
@@ -317,28 +336,29 @@ class PenalizedTrainer(Trainer):
             reached = min((record[f"{name}_hard"] for record in found), default=now[name])
             texts.append(f"{name} {target:g}, lowest so far {reached:g}, lowest possible {least[name][0]:g}")
         raise InfeasibleTargetError(
-            f"no epoch met the targets: {'; '.join(texts)}. Search longer, or with a larger strength or a larger "
-            "learning rate of the architecture; export(best=False) gives the network as it is now"
+            f"no epoch met the targets: {'; '.join(texts)}. Search longer; masks keep targets from 60 % of a "
+            "search on; export(best=False) gives the network as it is now"
         )
 
     @contextmanager
-    def _as_kept(self, best: bool) -> Iterator[None]:
+    def _as_kept(self, best: bool, budget: Mapping[str, float] | None) -> Iterator[None]:
         if not best:
             yield
             return
-        now = _copied(self.model)
+        now, held = _copied(self.model), self._holds_kept
         self._take_best()
         try:
             yield
         finally:
             self.model.load_state_dict(now)
+            self._holds_kept = held
 
     # ---- before the run, and between two parts of it -----------------------------------------------------------
 
     def _refer(self) -> None:
-        """Judge the targets by what can be reached."""
-        self.searched.check_targets(self.penalty.targets)
-        self.penalty.refer_to(self.searched.reachable(self.penalty.needed))
+        """Take over what the largest network costs."""
+        if self.penalty.normalize:
+            self.penalty.refer_to(self.searched.reachable(self.penalty.strength))
 
     def _check_patience(self) -> None:
         check_counts(0, 0, 1, 0, None, None, patience=self.patience)
@@ -346,7 +366,7 @@ class PenalizedTrainer(Trainer):
             return
         if self.valid_dataset is None:
             raise ConfigurationError(f"patience={self.patience}: it needs valid_dataset, which says what is better")
-        if not self.penalty.targets and not self.finetune_epochs:
+        if not self.targets.by_cost and not self.finetune_epochs:
             raise ConfigurationError(
                 f"patience={self.patience}: it has no phase to end. Without targets validation cannot judge a search, "
                 "since it is best before anything is cut; give targets or finetune_epochs"
@@ -355,11 +375,6 @@ class PenalizedTrainer(Trainer):
     def _check_run(self) -> None:
         if self.costs.measures:
             self._refer()
-        pulls = self.penalty.pulls or self.cost_loss is not None
-        if self.num_epochs and not pulls and not self.penalty.is_met(self.penalty.full):
-            raise ConfigurationError(
-                f"strength={self.penalty.strength}: nothing pulls the costs towards the targets {self.penalty.targets}"
-            )
         if self.num_epochs and self.step == 0 and not self._learning():
             self._check_targets()  # nothing will change the network
         if self.cost_loss is not None:
@@ -382,7 +397,6 @@ class PenalizedTrainer(Trainer):
         penalty, cost_loss = self.penalty, self.cost_loss
         return {
             "strength": penalty.strength,
-            "targets": penalty.targets,
             "normalize": penalty.normalize,
             "arch_optimizer": type(self.arch_optimizer).__name__,
             "learning": len(self._learning()),

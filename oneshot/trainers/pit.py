@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -77,7 +76,7 @@ class PITTrainer(PenalizedTrainer):
     >>> trainer = PITTrainer(
     ...     pit, loss=nn.CrossEntropyLoss(), metrics=None, dataset=data, num_epochs=4, batch_size=8, workers=0,
     ...     optimizer=torch.optim.SGD(pit.parameters(), lr=0.1), device="cpu",
-    ...     strength=1.0, targets={"params": 30}, mask_learning_rate=0.05,
+    ...     targets={"params": 30}, mask_learning_rate=0.05,
     ... )
     >>> history = trainer.train()
     >>> small = trainer.export_model()
@@ -91,7 +90,6 @@ class PITTrainer(PenalizedTrainer):
         self,
         pit: PIT,
         *,
-        strength: float | Mapping[str, float],
         mask_learning_rate: float = 1e-3,
         arch_optimizer: ArchOptimizer | None = None,
         **others: Unpack[PenalizedArguments],
@@ -110,7 +108,6 @@ class PITTrainer(PenalizedTrainer):
         adam: ArchOptimizer = lambda parameters: torch.optim.Adam(parameters, mask_learning_rate)  # noqa: E731
         super().__init__(
             masks,
-            strength=strength,
             arch_optimizer=masks_without_decay(pit, arch_optimizer or adam),
             **known_arguments("PITTrainer", others),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, final
 
 import torch
@@ -47,7 +46,6 @@ class PITSuperNetTrainer(PenalizedTrainer):
         self,
         network: SearchedNetwork,
         *,
-        strength: float | Mapping[str, float],
         mask_learning_rate: float = 1e-3,
         arch_learning_rate: float = 1e-3,
         arch_optimizer: ArchOptimizer | None = None,
@@ -69,7 +67,6 @@ class PITSuperNetTrainer(PenalizedTrainer):
         adam = _two_groups(network, mask_learning_rate, arch_learning_rate)
         super().__init__(
             Masks(network, train_selection=train_selection),
-            strength=strength,
             arch_optimizer=masks_without_decay(network, arch_optimizer or adam),
             sampling=Sampling(sampling, hard, as_temperature(temperature)),
             decidedness=Decidedness(icv_strength, entropy_strength),

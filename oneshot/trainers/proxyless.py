@@ -17,6 +17,7 @@ from ..errors import ConfigurationError, UnsupportedModelError
 from ..graph import evaluated
 from ..mutables import Argmax, BinaryGates, Decision, arch_parameters, decisions
 from ..pit.network import SearchedNetwork
+from ..regularizers import Regularizer
 from .base import SchedulerFactory, Trainer
 from .batches import even_batches
 from .choices import Choices
@@ -37,6 +38,7 @@ from .reinforce import (
 )
 from .searched import Searched
 from .setup import OptimizerLike
+from .targets import Pull
 
 __all__ = ["ProxylessTrainer"]
 
@@ -69,7 +71,10 @@ class ProxylessTrainer(Trainer):
     estimate is (1 - ``baseline_decay`` / m) times the gradient of E[R] (1 - 1/m times in the first step), a factor
     that Adam does not see.
 
-    Neither method keeps a constraint: give ``export`` a ``budget`` to meet one exactly.
+    Neither method keeps a constraint by itself. ``targets`` are kept: their costs pull as hard as they have to
+    (``trainers.budget``), by gradient or, with REINFORCE, as a second reward; and what is evaluated, exported and
+    reported are the most probable options within all of them, exactly. Of what held the search back, 95 % of the most
+    that any architecture can use is used. Or give ``export`` a ``budget`` afterwards.
 
     Args:
         model: the network, with LayerChoice, InputChoice, Repeat in it; or ``PIT(model, ...)`` of such a network, whose
@@ -102,6 +107,12 @@ class ProxylessTrainer(Trainer):
         paths: 2, or 'all'. ``rescale``: keep the probability of what was not drawn (two paths only). Both are for
             ``'gradient'``, as ``grad_reg_loss_params`` are; ``grad_reg_loss_type=None`` keeps costs out of either.
         rl_batch_size, baseline_decay: m, at least 2, and the share of the new mean in the baseline, above 0 to 1.
+        targets: cost -> largest value of the exported network, for costs of ``cost`` or ``applied_hardware``.
+            InfeasibleTargetError before the first step if no network meets all of them. With targets or a regularizer
+            the cost term above, which needs ``grad_reg_loss_params`` or ``ref_latency``, may be left out.
+        regularizer: ``BaseRegularizer``, ``DUCCIO``, ``GroupLasso``, ..., or a sum of some. Of costs: added to the loss
+            of arch steps, or, with REINFORCE, taken off the reward of each network; its epochs are those of the search.
+            Of weights: in every weight step; its epochs are those of the whole run.
         reward: the task's part of R: the name of a metric, the larger the better, ``'loss'`` for exp(-loss), or a
             function of all that is measured, ``{'loss': ..., metrics}``. None: the first metric, or exp(-loss) if
             ``metrics=None``. ``cost_exponent``: w_j, one number or a mapping by cost.
@@ -148,6 +159,8 @@ class ProxylessTrainer(Trainer):
         normalize: bool = False,
         cost: str | Sequence[str] | Cost | CostSpec | Mapping[str, Any] | None = None,
         missing: Mapping[str, float] | None = None,
+        targets: Mapping[str, float] | None = None,
+        regularizer: Regularizer | None = None,
         arch_loss: Callable[[Any, Any], Tensor] | None = None,
         arch_dataset: Dataset[Any] | None = None,
         valid_dataset: Dataset[Any] | None = None,
@@ -175,6 +188,9 @@ class ProxylessTrainer(Trainer):
             raise ConfigurationError(f"paths={paths!r}: allowed are 2 and 'all'")
         if not isinstance(arch_every, int) or arch_every < 1:
             raise ConfigurationError(f"arch_every={arch_every!r}: an integer of at least 1 is needed")
+        priced = grad_reg_loss_params is not None or normalize or ref_latency != DEFAULT_REFERENCE
+        if (targets or regularizer) and not priced:
+            grad_reg_loss_type = None  # it was not asked for
         check_method(arch_method, grad_reg_loss_type, grad_reg_loss_params, reward, cost_exponent)
         check_estimator(rl_batch_size, baseline_decay)
         sources = CostSources(cost, applied_hardware, missing)
@@ -209,6 +225,8 @@ class ProxylessTrainer(Trainer):
             checkpoint_dir=checkpoint_dir,
             checkpoint_every=checkpoint_every,
             progress=progress,
+            targets=targets,
+            regularizer=regularizer,
         )
         self.arch_loss = loss if arch_loss is None else arch_loss
         if self.arch_fraction is None:
@@ -256,7 +274,8 @@ class ProxylessTrainer(Trainer):
         self._set(self.gates)
         self.arch_optimizer.zero_grad(set_to_none=True)
         # Without a cost the task alone would switch units off as well, and buy nothing with it.
-        learning = self.searched.learning(self.cost_loss.kind is not None)
+        pays = self.cost_loss.kind is not None or any(part.pulls for part in self._of_costs)
+        learning = self.searched.learning(pays or bool(self.targets))
         learns = {id(p) for p in learning}
         still = [p for p in self.arch_parameters if id(p) not in learns]
         with frozen_weights([*self.weights, *still]), frozen_statistics(self.norms):
@@ -265,19 +284,24 @@ class ProxylessTrainer(Trainer):
             expected = self.searched.step_costs()
             # The loss sees each cost as a variable of its own, so that both parts of alpha's gradient are known.
             variables = {name: cost.detach().requires_grad_() for name, cost in expected.items()}
-            total = self.cost_loss(task, variables)
+            terms = self._terms_of(variables)
+            total = torch.stack([self.cost_loss(task, variables), *terms.values()]).sum()
             self._check_finite({"arch_loss": total, "task_loss": task, **_named(expected)})
             self.fabric.backward(total)
+        pulled = self.targets.add(self.targets.pull(expected, learning, self._progress), learning)
         slopes = {name: variable.grad for name, variable in variables.items()}
         share = add_gradients(learning, weighted_gradients(expected, slopes, learning))
         for parameter in self.searched.idle():
             parameter.grad = None
         self._average_gradients(learning)
+        self._settle()
         self.arch_optimizer.step()
         self.searched.clip_()
         if self.rescale:
             self._after_arch_step()
-        self._note({"arch_loss": total, "cost_share": share, **_named(expected)})
+        self._keep_targets(every=self.arch_every)
+        shares = {"cost_share": share} if pulled is None else {"cost_share": share, "target_share": pulled}
+        self._note({"arch_loss": total, **shares, **terms, **_named(expected)})
 
     def _reinforce_step(self, batch: Any) -> None:
         """One step of the alphas by the rewards of sampled networks; the weights and the BatchNorm statistics stay."""
@@ -290,6 +314,7 @@ class ProxylessTrainer(Trainer):
             dtype=torch.float64,
         )
         losses = torch.tensor([m["loss"] for m in measured])
+        rewards = rewards - torch.tensor([self._paid(c) for c in costs], dtype=torch.float64)
         self._check_finite({"arch_loss": losses.sum(), "reward": rewards.mean()})
         self.baseline = moved_baseline(self.baseline, float(rewards.mean()), self.baseline_decay)
         of_task, of_cost = [], []
@@ -301,13 +326,35 @@ class ProxylessTrainer(Trainer):
             decision.alpha.grad = policy_gradient(p, chosen, rewards - self.baseline).to(decision.alpha)
             of_task.append(policy_gradient(p, chosen, tasks - tasks.mean()).abs().sum())
             of_cost.append(policy_gradient(p, chosen, rewards - tasks - (rewards - tasks).mean()).abs().sum())
+        self._pull_by_rewards(paths, costs)
         self.arch_optimizer.step()
+        self._keep_targets(every=self.arch_every)
         norms = torch.stack(of_task).sum(), torch.stack(of_cost).sum()
         share = norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
         means = {f"{name}_sampled": sum(c[name] for c in costs) / len(costs) for name in self.searched.names}
         noted = {"baseline": self.baseline, **means}
         in_full = {name: torch.tensor(value, dtype=torch.float64) for name, value in noted.items()}
         self._note({"reward": rewards.mean(), "cost_share": share, **in_full})
+
+    def _paid(self, costs: Mapping[str, float]) -> float:
+        """What regularizers take off the reward of a network with these costs."""
+        as_tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in costs.items()}
+        return sum(float(term) for term in self._terms_of(as_tensors).values())
+
+    def _pull_by_rewards(self, paths: Sequence[Mapping[str, int]], costs: Sequence[Mapping[str, float]]) -> None:
+        """Add the gradient of the reward -sum_k p_k C_k / T_k that targets give, in proportion to that of the task."""
+        learning = [d for d in self.decisions.values() if d.alpha.requires_grad]
+        prices = self.targets.prices(self._progress)
+        if not prices or not learning:
+            return
+        slopes = self.targets.budget.slopes(prices)
+        reward = -torch.tensor([sum(s * c[name] for name, s in slopes.items()) for c in costs], dtype=torch.float64)
+        gradients: list[Tensor | None] = []
+        for decision in learning:
+            chosen = [path[decision.label] for path in paths]
+            p = decision.alpha.detach().double().softmax(0)
+            gradients.append(policy_gradient(p, chosen, reward - reward.mean()).to(decision.alpha))
+        self.targets.add(Pull(sum(prices.values()), gradients), [d.alpha for d in learning])
 
     def _sampled_networks(self, batch: Any) -> tuple[list[dict[str, int]], list[dict[str, float]]]:
         """The options of each drawn network and what is measured of it on the batch, by all processes together."""
@@ -333,7 +380,7 @@ class ProxylessTrainer(Trainer):
         return dict(zip(found, numbers.tolist(), strict=True))
 
     def _cost_references(self) -> Mapping[str, float]:
-        return self.cost_loss.references
+        return {**self.cost_loss.references, **self.targets.by_cost}
 
     def _check_run(self) -> None:
         searched = self.num_epochs - (1 if self.skip_first_epoch else 0)

@@ -106,5 +106,15 @@ class ScoredChoices(Searched):
     def reachable(self, names: Collection[str]) -> dict[str, tuple[float, float]]:
         return self.choices.reachable(names)
 
+    def hard(self, names: Collection[str]) -> dict[str, float]:
+        return self.choices.hard(names)
+
+    def keep_targets_(self, targets: Mapping[str, float], *, fills: bool) -> None:
+        """Nothing: what is scored keeps the limits."""
+
+    @property
+    def has_masks(self) -> bool:
+        return False
+
     def check_targets(self, targets: Mapping[str, float]) -> None:
         self.choices.check_targets(targets)

@@ -102,6 +102,25 @@ class Searched(ABC):
     def check_targets(self, targets: Mapping[str, float]) -> None:
         """InfeasibleTargetError for targets that no architecture meets."""
 
+    @abstractmethod
+    def hard(self, names: Collection[str]) -> dict[str, float]:
+        """These costs of the run, of the network that would be exported now."""
+
+    @abstractmethod
+    def keep_targets_(self, targets: Mapping[str, float], *, fills: bool) -> None:
+        """Move the architecture, as little as possible, to one that meets all targets.
+
+        ``fills``: to one that uses nearly all that is allowed, because it was the targets that held it back.
+        """
+
+    def lift_masks_(self, limits: Mapping[str, float]) -> None:
+        """Raise all masks alike, if there are any, until a hard cost is near its limit."""
+
+    @property
+    @abstractmethod
+    def has_masks(self) -> bool:
+        """Whether there are masks: they meet targets step by step, and choices at the end of an epoch."""
+
     def idle(self) -> list[nn.Parameter]:
         """Architecture parameters with no part in the step, though they may have gradients: zeros."""
         return []

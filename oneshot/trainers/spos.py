@@ -24,6 +24,7 @@ from ..files import atomic_write
 from ..graph import evaluated
 from ..loggers import Progress
 from ..mutables import OnePath, UniformPath
+from ..regularizers import Regularizer
 from .base import SchedulerFactory, Trainer
 from .batches import even_batches
 from .choices import Choices
@@ -33,6 +34,7 @@ from .evolution import EvolutionarySearch, check_evolution
 from .feasible import Candidate, FeasibleSpace, check_limits, ranked
 from .random_search import RandomSearch
 from .recalibration import recalibrate_, statistics_kept
+from .regularized import parts_of
 from .scored import ScoredChoices
 from .selection import larger_is_better
 from .setup import OptimizerLike
@@ -72,7 +74,8 @@ class SPOSTrainer(Trainer):
             decide.
         num_epochs: of uniform paths, before the evolution; with 0 there is no search at all.
         limits: cost name -> largest value of any architecture that is scored, for a cost of the run or a counted one:
-            ``{'macs': 5e7}``. InfeasibleTargetError before the first step if nothing keeps them.
+            ``{'macs': 5e7}``. InfeasibleTargetError before the first step if nothing keeps them. ``targets``: the same.
+        regularizer: of weights, in every weight step: ``L1``, ``GroupLasso``, or a sum of some.
         arch_fraction: share of ``dataset``, stratified and seeded, that is held out for the scores. ``arch_dataset``:
             the same samples in the same order with other transforms, for them: without augmentation, say.
         valid_dataset: evaluated after each epoch, on the first option of each choice as nothing is found yet.
@@ -105,6 +108,8 @@ class SPOSTrainer(Trainer):
         num_epochs: int = 120,
         dataset: Dataset[Any] | None = None,
         limits: Mapping[str, float] | None = None,
+        targets: Mapping[str, float] | None = None,
+        regularizer: Regularizer | None = None,
         warmup_epochs: int = 0,
         batch_size: int = 64,
         workers: int = 4,
@@ -144,7 +149,11 @@ class SPOSTrainer(Trainer):
                 f"recalibration_samples={recalibration_samples!r}: an integer of at least 1 is needed"
             )
         check_evolution(population, generations, parents, mutation)
+        if limits and targets:
+            raise ConfigurationError(f"limits={dict(limits)} and targets={dict(targets)}: they mean the same, give one")
+        limits = limits or targets
         check_limits(limits or {}, "limits")
+        _check_regularizer(regularizer)
         larger_is_better(monitor, monitor_mode)
         self._search: EvolutionarySearch | None = None
         self._values: list[dict[str, float]] = []
@@ -179,6 +188,7 @@ class SPOSTrainer(Trainer):
             checkpoint_dir=checkpoint_dir,
             checkpoint_every=checkpoint_every,
             progress=progress,
+            regularizer=regularizer,
         )
         self.limits, self.fairness = dict(limits or {}), fairness
         self.monitor, self.monitor_mode = monitor, monitor_mode
@@ -209,6 +219,7 @@ class SPOSTrainer(Trainer):
             self._check_finite({"loss": loss})
             self.fabric.backward(loss)
             self._note({"loss": loss, **self._measured(output, target)})
+        self._note(self._regularize_weights(loss))
         self._step_weights()
 
     # ---- the search --------------------------------------------------------------------------------------------
@@ -351,7 +362,7 @@ class SPOSTrainer(Trainer):
             recalibrate_(self.model, map(self._to_device, self._recalibration_batches(self.dataset)))
 
     @contextmanager
-    def _as_kept(self, best: bool) -> Iterator[None]:
+    def _as_kept(self, best: bool, budget: Mapping[str, float] | None) -> Iterator[None]:
         # Deciding for an architecture gives the model its statistics, which are the supernet's again afterwards.
         with statistics_kept(self.model):
             yield
@@ -422,3 +433,12 @@ def fair_paths(sizes: Mapping[str, int], generator: torch.Generator) -> list[dic
 def _still(alphas: list[nn.Parameter]) -> Optimizer:
     # Alphas have no gradient here: the evolution writes them.
     return torch.optim.SGD(alphas, lr=0.0)
+
+
+def _check_regularizer(regularizer: Regularizer | None) -> None:
+    of_costs, _ = parts_of(regularizer)
+    if of_costs:
+        raise ConfigurationError(
+            f"regularizer: {[type(part).__name__ for part in of_costs]} of costs have nothing to pull at: no alpha is "
+            "trained here; give targets={...}, which every scored architecture keeps"
+        )

@@ -86,7 +86,7 @@ class SuperNetTrainer(PenalizedTrainer):
     >>> trainer = SuperNetTrainer(
     ...     net, loss=nn.CrossEntropyLoss(), metrics=None, dataset=data, num_epochs=2, batch_size=8, workers=0,
     ...     optimizer=torch.optim.SGD(net.parameters(), lr=0.1), device="cpu", dummy_input=(1, 4),
-    ...     cost="params", strength=1.0, targets={"params": 10}, arch_learning_rate=0.1,
+    ...     cost="params", targets={"params": 10}, arch_learning_rate=0.1,
     ... )
     >>> history = trainer.train()
     >>> trainer.export()  # Linear(4, 2) has 10 parameters, Linear(4, 4) 20 more
@@ -101,7 +101,6 @@ class SuperNetTrainer(PenalizedTrainer):
         applied_hardware: Hardware | None = None,
         missing: Mapping[str, float] | None = None,
         dummy_input: Sequence[int] = (1, 3, 224, 224),
-        strength: float | Mapping[str, float] = 0.0,
         grad_reg_loss_type: Literal["mul#log", "add#linear"] | None = None,
         grad_reg_loss_params: Mapping[str, float | Mapping[str, float]] | None = None,
         ref_latency: float | Mapping[str, float] | None = None,
@@ -125,11 +124,12 @@ class SuperNetTrainer(PenalizedTrainer):
             searched = Masks(model, train_selection=train_selection)
         else:
             searched = Choices(model, costs, dummy_input, self._measured_once, train_selection=train_selection)
-        if strength and not searched.names:
-            raise ConfigurationError(f"strength={strength!r}: there is no cost; give cost= or applied_hardware=")
+        if others.get("strength") and not searched.names:
+            raise ConfigurationError(
+                f"strength={others['strength']!r}: there is no cost; give cost= or applied_hardware="
+            )
         super().__init__(
             searched,
-            strength=strength,
             arch_optimizer=arch_optimizer or (lambda alphas: torch.optim.Adam(alphas, arch_learning_rate)),
             sampling=Sampling(sampling, hard, as_temperature(temperature)),
             decidedness=Decidedness(icv_strength, entropy_strength),
