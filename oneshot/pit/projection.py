@@ -51,11 +51,10 @@ class Projection:
         if fills:
             self.lift()
         used = self._used()
-        cut = bool((used > 1).any())
         while bool((used > 1).any()):
             self._cut(used)
             used = self._used()
-        if fills and (cut or float(used.max()) < USED):
+        if fills and float(used.max()) < USED:
             self._fill()
 
     @torch.no_grad()

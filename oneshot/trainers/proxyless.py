@@ -189,8 +189,9 @@ class ProxylessTrainer(Trainer):
         if not isinstance(arch_every, int) or arch_every < 1:
             raise ConfigurationError(f"arch_every={arch_every!r}: an integer of at least 1 is needed")
         priced = grad_reg_loss_params is not None or normalize or ref_latency != DEFAULT_REFERENCE
-        if (targets or regularizer) and not priced:
-            grad_reg_loss_type = None  # it was not asked for
+        unasked = bool(targets or regularizer) and not priced
+        if unasked:
+            grad_reg_loss_type = None
         check_method(arch_method, grad_reg_loss_type, grad_reg_loss_params, reward, cost_exponent)
         check_estimator(rl_batch_size, baseline_decay)
         sources = CostSources(cost, applied_hardware, missing)
@@ -241,7 +242,7 @@ class ProxylessTrainer(Trainer):
             raise ConfigurationError("ref_latency=None: a finite number is needed, or normalize=True")
         self.normalize = normalize
         units = {name: searched.unit(name) for name in searched.names}
-        references = None if normalize else ref_latency
+        references = None if normalize or unasked else ref_latency
         self.reward: Reward | None = None
         if arch_method == "reinforce":
             rewarded = {} if grad_reg_loss_type is None else units
