@@ -1,6 +1,6 @@
 """Removes channels of a convolutional network with a group lasso, and compares ways to do it.
 
-    python examples/group_lasso_digits.py        (four minutes on one CPU core; --quick: a few seconds)
+    python examples/group_lasso_digits.py        (three minutes on one CPU core; --quick: some seconds)
 
 The digits of scikit-learn (1x8x8), convolutions of 16, 32 and 32 channels with BatchNorm. All networks train alike: 8
 epochs, 30 with a penalty of strength 4e-3, and 10 without it in which all that is zero stays zero. Then the channels

@@ -24,6 +24,7 @@ LAYERS = (
     {"pit"},
     {"regularizers"},
     {"trainers"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 )

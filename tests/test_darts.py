@@ -506,15 +506,17 @@ def test_the_operation_that_the_task_needs_is_found(order: Any) -> None:
 def test_strength_and_targets_steer_the_expected_cost() -> None:
     soft = []
     own = {"grad_reg_loss_params": None, "ref_latency": 65.0, "normalize": True}
-    for changes in ({"strength": 0.0}, {"strength": 10.0}, {"strength": 10.0, "targets": {"macs": 20_000}}):
+    for changes in ({"strength": 0.0}, {"strength": 10.0}, {"targets": {"macs": 20_000}}):
         trainer = darts(tiny(), warmup_epochs=0, num_epochs=3, arc_learning_rate=0.15, **own, **changes)
         history = trainer.train()
         soft.append(history[-1]["macs_soft"])
-        if changes["strength"] == 0:
+        if changes.get("strength") == 0:
             assert history[-1]["cost_share"] == 0
-    assert soft[1] < soft[2] < soft[0]
+    assert soft[1] < soft[0]
+    assert history[-1]["macs_hard"] <= 20_000
+    assert sum(history[-1][f"macs_{name}"] for name in ("target", "unprojected", "multiplier")) >= 20_000
+    assert soft[2] < soft[0]
     assert trainer._cost_references() == {"macs": 20_000}
-    assert soft[2] == pytest.approx(20_000, rel=0.3)
     with pytest.raises(InfeasibleTargetError, match="macs"):
         darts(tiny(), strength=1.0, targets={"macs": 1}, **own).train()
 
@@ -566,7 +568,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"ref_latency": None}, "ref_latency=None: a finite number"),
     ({"normalize": True}, "normalize=True and ref_latency=10000: give one"),
     ({"strength": 1.0}, "leave out grad_reg_loss_params"),
-    ({"targets": {"macs": 1e4}}, "they need a strength"),
     (
         {"strength": 1.0, "cost": None, "grad_reg_loss_params": None, "ref_latency": 65.0},
         "give cost or applied_hardware",

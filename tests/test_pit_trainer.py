@@ -15,7 +15,7 @@ from tiny import digit_data, proxyless, tiny
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from oneshot import arch_parameters, fixed, weight_parameters
+from oneshot import DUCCIO, BaseRegularizer, arch_parameters, fixed, weight_parameters
 from oneshot.data import BatchStream, mix_seed
 from oneshot.errors import (
     CheckpointError,
@@ -120,8 +120,10 @@ def test_gradient_of_the_masks(target: float | None, slope: float, fraction: flo
     net = dense().double()
     pit = PIT(net, input_shape=(4,)).double()  # the masks too
     pit.masks["0"].keep([0, 1, 2, 3, 4, 6, 7])
-    targets = None if target is None else {"params": target}
-    trainer = make(pit, strength=0.02, targets=targets, arch_fraction=fraction, dataset=rows(dtype=torch.float64))
+    pays: dict[str, Any] = {"strength": 0.02}
+    if target is not None:  # in the first of two epochs a hundredth of it
+        pays = {"strength": 0.0, "regularizer": DUCCIO({"params": target}, final_strengths=(2.0,))}
+    trainer = make(pit, **pays, arch_fraction=fraction, dataset=rows(dtype=torch.float64))
     x, y = rows(16, torch.float64)[:]
 
     def task(m: Tensor) -> float:
@@ -148,17 +150,14 @@ def test_gradient_of_the_masks(target: float | None, slope: float, fraction: flo
 def test_penalty_is_its_formula() -> None:
     reachable = {"params": (1.0, 200.0), "macs": (1.0, 1000.0)}
     costs = {"params": torch.tensor(150.0), "macs": torch.tensor(400.0)}
-    assert float(Penalty(0.5, None, False, reachable)(costs)) == 0.5 * 550
-    assert float(Penalty({"macs": 0.5}, None, False, reachable)(costs)) == 0.5 * 400
-    assert float(Penalty(0.5, None, True, reachable)(costs)) == pytest.approx(0.5 * (150 / 200 + 400 / 1000))
-    hinge = Penalty({"params": 2.0, "macs": 0.5}, {"params": 100, "macs": 400}, False, reachable)
-    assert float(hinge(costs)) == 2 * 50
-    # one strength with targets is for the costs that have one
-    assert float(Penalty(2.0, {"params": 100}, False, reachable)(costs)) == 2 * 50
-    assert Penalty(2.0, {"params": 199}, False, reachable).pulls
-    assert not Penalty(2.0, {"params": 200}, False, reachable).pulls
-    assert not Penalty(0.0, None, False, reachable).pulls
-    assert not Penalty({}, None, False, reachable).pulls
+    assert float(Penalty(0.5, False, reachable)(costs)) == 0.5 * 550
+    assert float(Penalty({"macs": 0.5}, False, reachable)(costs)) == 0.5 * 400
+    normalized = Penalty(0.5, True, reachable)
+    normalized.refer_to(reachable)
+    assert float(normalized(costs)) == pytest.approx(0.5 * (150 / 200 + 400 / 1000))
+    assert Penalty(2.0, False, reachable).pulls
+    assert not Penalty(0.0, False, reachable).pulls
+    assert not Penalty({}, False, reachable).pulls
 
 
 def test_masks_have_no_weight_decay_and_stay_between_0_and_1() -> None:
@@ -203,7 +202,7 @@ def test_a_search_is_the_loop_by_hand() -> None:
     """6 steps of the weights with the masks at 1, then 12 of both on the same batch, the masks clipped after each."""
     pit = dense_pit()
     by_hand = copy.deepcopy(pit)
-    make(pit, targets={"params": 30}, strength=0.05).train()
+    make(pit, strength=0.02, regularizer=BaseRegularizer("params", 0.03)).train()
     of_weights = torch.optim.SGD(by_hand.net_parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     of_masks = torch.optim.Adam(by_hand.nas_parameters(), lr=0.05)
     by_hand.train()
@@ -212,15 +211,14 @@ def test_a_search_is_the_loop_by_hand() -> None:
         by_hand.zero_grad()
         loss = nn.functional.cross_entropy(by_hand(x), y)
         if i >= 6:
-            loss = loss + 0.05 * torch.relu(by_hand.get_cost("params") - 30)
+            loss = loss + 0.05 * by_hand.get_cost("params")
         loss.backward()
         of_weights.step()
         if i >= 6:
             of_masks.step()
             by_hand.masks.clip_()
         sizes.append(int(by_hand.get_cost("params")))
-    assert sizes[5] == 58
-    assert sizes[11] > 30 >= sizes[17]  # the last of two epochs is kept
+    assert sizes[5] == 58 > sizes[17]
     assert equal_states(pit, by_hand)
 
 
@@ -397,14 +395,14 @@ def test_selection_by_hand() -> None:
 
 
 def test_targets_that_cannot_be_met() -> None:
-    """One unit of 7 parameters and the 2 biases are left at least: 9."""
+    """One unit of 7 parameters and the 2 biases are left at least: 9. Without a search nothing is cut."""
     with pytest.raises(InfeasibleTargetError, match=r"params 8, but the smallest masks leave 9 of 58"):
         make(dense_pit(), targets={"params": 8})
     pit = dense_pit()
-    trainer = make(pit, targets={"params": 9}, mask_learning_rate=1e-6, finetune_epochs=1)
+    trainer = make(pit, targets={"params": 9}, num_epochs=0, finetune_epochs=1)
     with pytest.raises(InfeasibleTargetError, match="no epoch met the targets: params 9, lowest so far 58, lowest po"):
         trainer.train()
-    assert [r["phase"] for r in trainer.history] == ["warmup", "search", "search"]
+    assert [r["phase"] for r in trainer.history] == ["warmup"]
     for refused in (trainer.export, trainer.export_model, trainer.report):
         with pytest.raises(InfeasibleTargetError, match="lowest possible 9"):
             refused()
@@ -625,7 +623,6 @@ WRONG_AT_TRAIN: list[tuple[dict[str, Any], type[OneshotError], str]] = [
     ({"dataset": rows(0)}, ConfigurationError, "0 samples do not fill"),
     ({"batch_size": 200}, ConfigurationError, "96 samples do not fill one batch of 200"),
     ({"arch_fraction": 1.5}, ConfigurationError, "fraction"),
-    ({"strength": 0.0, "targets": {"params": 20}}, ConfigurationError, "nothing pulls"),
     ({"monitor": "f1", "valid_dataset": rows(16)}, ConfigurationError, r"monitor='f1': allowed are \['loss', 'acc'\]"),
     ({"loss": lambda output, target: output}, ConfigurationError, "one number"),
     ({"loss": lambda output, target: output @ target}, UnsupportedModelError, "does not run"),

@@ -377,6 +377,14 @@ def test_all_readers_of_a_layer() -> None:
         remove_zero_channels(model, (3, 6, 6))
 
 
+def test_a_network_that_has_diverged() -> None:
+    model = biased(0.0, nn.ReLU())
+    with torch.no_grad():
+        model[2].bias[0] = float("nan")
+    with pytest.raises(ExportError, match="not finite"):
+        remove_zero_channels(model, (1, 6, 6))
+
+
 def test_arguments() -> None:
     with pytest.raises(ConfigurationError, match=r"constant='drop'.*'refuse' and 'keep'"):
         remove_zero_channels(Concat(), (2, 6, 6), constant="drop")  # type: ignore[arg-type]

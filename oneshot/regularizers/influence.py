@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
+from ..errors import ExportError
 from ..graph import evaluated, tensors_of
 from ..graph.cut import copied
 from ..graph.dimensions import Dimension
@@ -70,10 +70,12 @@ class Influence:
             expected = _call(one, given)
             if all(bool(t.isfinite().all()) for t in tensors_of(expected) if t.is_floating_point()):
                 self.runs.append(_Run(one, given, expected))
+            elif number == 0:
+                raise ExportError("the outputs on the example input are not finite; there is nothing to compare with")
 
     def of(self, units: Sequence[Unit]) -> float:
         """The largest relative difference of the outputs when ``units`` are left out, of all runs."""
-        return max((relative_difference(r.expected, self._without(r, units))[0] for r in self.runs), default=math.inf)
+        return max(relative_difference(run.expected, self._without(run, units))[0] for run in self.runs)
 
     def influential(self) -> list[Unit]:
         """The candidates that have to stay; all others can be left out together."""
@@ -81,8 +83,8 @@ class Influence:
             return []
         slopes = [slope for slope in map(self._slope, self.runs) if slope is not None]
         found = [u for u in self.candidates if any(bool(slope[self._place(u)]) for slope in slopes)]
-        found += self._by_halving([u for u in self.candidates if u not in set(found)])
-        others = [u for u in self.candidates if u not in set(found)]
+        found += self._by_halving(_others(self.candidates, found))
+        others = _others(self.candidates, found)
         return found if self.of(others) <= TOLERANCE else self.candidates
 
     def _by_halving(self, units: list[Unit]) -> list[Unit]:
@@ -115,7 +117,7 @@ class Influence:
         """The weights that read the channels of an axis, of the layers whose input shows them one by one."""
         found = []
         for dimension in axis.dimensions:
-            layer = self.runs[0].model.get_submodule(_path(dimension)) if self.runs else None
+            layer = self.runs[0].model.get_submodule(_path(dimension))
             linear = isinstance(layer, nn.Linear) and dimension.dim == 1
             plain = isinstance(layer, _ConvNd) and layer.groups == 1
             if linear or (plain and dimension.dim == (0 if isinstance(layer, _ConvTransposeNd) else 1)):
@@ -166,6 +168,11 @@ class Influence:
             for name, tensor in (*shaken.named_parameters(), *shaken.named_buffers()):
                 tensor.copy_(torch.where(stays[name], before[name], tensor))
         return shaken
+
+
+def _others(units: Sequence[Unit], some: Iterable[Unit]) -> list[Unit]:
+    there = set(some)
+    return [unit for unit in units if unit not in there]
 
 
 def _path(dimension: Dimension) -> str:

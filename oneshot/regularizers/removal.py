@@ -93,16 +93,16 @@ def remove_zero_channels(
     candidates = [Unit(label, n) for label, flags in zero.items() for n in _numbers(flags.any)]
     if not candidates:
         return _result(model, pit, copied(model), {}, {})
-    if constant == "refuse":  # which would name one of them
+    if constant == "refuse":  # before one of these channels is named as a constant
         for axis in pit.space.channels:
             _check_some_left(axis, _numbers(zero[axis.label].made | zero[axis.label].read))
-    made = [unit for unit in candidates if bool(zero[unit.axis].made[unit.number])]
-    influence = Influence(pit, candidates, made)
-    staying = influence.influential()
-    constants = _constants(influence, [unit for unit in staying if unit in set(made)])
+    made = {unit for unit in candidates if bool(zero[unit.axis].made[unit.number])}
+    influence = Influence(pit, candidates, list(made))
+    staying = dict.fromkeys(influence.influential())
+    constants = _constants(influence, [unit for unit in staying if unit in made])
     if constants and constant == "refuse":
         raise ExportError(_refusal(pit, constants, influence.of(list(constants))))
-    gone = _by_axis([unit for unit in candidates if unit not in set(staying)])
+    gone = _by_axis([unit for unit in candidates if unit not in staying])
     network = _without(model, pit, gone)
     return _result(model, pit, network, gone, _by_axis(list(constants)))
 
@@ -124,7 +124,7 @@ def _without(model: nn.Module, pit: PIT, gone: dict[str, tuple[int, ...]]) -> nn
             _check_some_left(axis, gone[axis.label])
             # An axis that has to keep two (a squeeze would take its dimension away) keeps a zero one.
             gone[axis.label] = gone[axis.label][: axis.units - axis.least]
-            pit.masks[axis.label].keep([n for n in range(axis.units) if n not in set(gone[axis.label])])
+            pit.masks[axis.label].keep(_others(axis.units, gone[axis.label]))
     network = pit.export()
     difference = largest_difference(model, network, pit.example)
     if not difference <= TOLERANCE:
@@ -144,7 +144,7 @@ def _result(
 ) -> Removed:
     units = {axis.label: axis.units for axis in pit.space.channels}
     removed = {label: gone.get(label, ()) for label in units}
-    kept = {label: tuple(i for i in range(n) if i not in set(removed[label])) for label, n in units.items()}
+    kept = {label: _others(n, removed[label]) for label, n in units.items()}
     counts = [
         {"channels": sum(channels), "parameters": sum(p.numel() for p in one.parameters())}
         for one, channels in ((model, units.values()), (network, map(len, kept.values())))
@@ -201,6 +201,11 @@ def _numbers(flags: Tensor) -> tuple[int, ...]:
     return tuple(flags.nonzero().flatten().tolist())
 
 
+def _others(n: int, some: Sequence[int]) -> tuple[int, ...]:
+    """The numbers below n that are not among some."""
+    return tuple(sorted(set(range(n)) - set(some)))
+
+
 def _by_axis(units: Sequence[Unit]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for unit in units:
@@ -229,7 +234,7 @@ def _refusal(pit: PIT, constants: Mapping[Unit, Reading | None], difference: flo
     named = [_described(pit, unit, reading) for unit, reading in list(constants.items())[:_NAMED]]
     more = f", and {len(constants) - _NAMED} more" if len(constants) > _NAMED else ""
     return (
-        f"channels with zero weights that are not zero: {'; '.join(named)}{more}. Without them the outputs would "
+        f"channels with zero weights that are not zero: {'; '.join(named)}{more}. Without them the outputs could "
         f"change by {difference:.2g} (relative; allowed is {TOLERANCE:g}). Put biases and norms into the groups "
         "(GroupLasso(coupled_channels(model, ...))), set them to zero too, or leave such channels in: constant='keep'"
     )
