@@ -723,7 +723,7 @@ class Trainer(ABC):
         if self._log is not None:
             self._log.probabilities(self.step, self.searched.shares())
         with self._within_targets():
-            values.update(self.targets.values())
+            values.update(self.targets.values({name: values[f"{name}_hard"] for name in self.targets.by_cost}))
             if self.valid_dataset is not None:
                 values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
             self._argmax = now

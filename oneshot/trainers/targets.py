@@ -123,12 +123,12 @@ class Targets:
     def _keep(self) -> None:
         self.searched.keep_targets_(self.by_cost, fills=bool(self.budget.bound))
 
-    def values(self) -> dict[str, float]:
-        """For the log: target, hard cost now and before the targets were kept, multiplier."""
+    def values(self, before: Mapping[str, float]) -> dict[str, float]:
+        """For the log: target, hard cost now and, if no step was made, ``before`` the targets were kept, multiplier."""
         found = {}
         for name, hard in self.searched.hard(self.by_cost).items() if self else ():
             found[f"{name}_target"], found[f"{name}_hard"] = self.by_cost[name], hard
-            found[f"{name}_unprojected"] = self._before.get(name, hard)
+            found[f"{name}_unprojected"] = self._before.get(name, before[name])
             found[f"{name}_multiplier"] = self.budget.multipliers[name]
         return found
 
