@@ -210,7 +210,7 @@ def parts(indices: list[int], targets: Tensor, share: float, seed: int) -> tuple
 # ---- the job ---------------------------------------------------------------------------------------------------
 
 
-def search(pit: PIT, data: Datasets, budget: float, per_parameter: float, plan: Plan) -> PITSuperNetTrainer:
+def search(pit: PIT, data: Datasets, budget: float, plan: Plan) -> PITSuperNetTrainer:
     trainer = PITSuperNetTrainer(
         pit,
         loss=LabelSmoothingLoss(),
@@ -220,8 +220,6 @@ def search(pit: PIT, data: Datasets, budget: float, per_parameter: float, plan: 
         num_epochs=plan.search,
         finetune_epochs=plan.finetune,
         finetune_scheduler=cosine,
-        # Above the budget the cost is to outweigh the task.
-        strength=per_parameter,
         targets={"params": budget},
         mask_learning_rate=plan.mask_lr,
         arch_learning_rate=plan.alpha_lr,
@@ -279,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     space = SearchableTCN(data.shape[0])
     seed_size = sum(p.numel() for p in fixed(space, all_plain(space)).parameters())
     pit, budget = PIT(space, data.shape, cost=("params", "macs")), SHARE * seed_size
-    trainer = search(pit, data, budget, 10 / seed_size, plan)
+    trainer = search(pit, data, budget, plan)
     written = args.out / "arch.json"
     trainer.export(written)  # raises if the exported network computes something else than the searched one
     net = check(pit, written, budget, data.test.tensors[0][:200])

@@ -48,8 +48,6 @@ SHAPE = (6, 128)
 BUDGETS = (12_000, 6_000, 3_000)  # parameters: a third, a sixth and a twelfth of the seed's
 MARGIN = 0.04  # of test accuracy, that their means may be below the control's
 BATCH, LR = 64, 3e-3
-# Above its budget the cost is to outweigh the task: the whole network's parameters count 10 beside a loss of about 1.
-STRENGTH = 10.0
 
 
 class Plan(NamedTuple):
@@ -116,8 +114,6 @@ def trainer_of(pit: PIT, data: Datasets, budget: int | None, plan: Plan, seed: i
         num_epochs=search,
         finetune_epochs=finetune,
         finetune_scheduler=cosine,
-        strength=0.0 if budget is None else STRENGTH,
-        normalize=True,
         targets=None if budget is None else {"params": budget},
         mask_learning_rate=plan.mask_lr,
         dataset=Shaken(data.train),

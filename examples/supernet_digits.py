@@ -115,9 +115,6 @@ def search(train: ArrayDataset, target: float) -> SuperNetTrainer:
         cost="macs",
         dummy_input=IMAGE,
         targets={"macs": target},
-        # The MACs of the largest network count 10 beside a loss of about 1: above the target they outweigh it.
-        strength=10.0,
-        normalize=True,
         arch_learning_rate=5e-2,
         temperature=Temperature(1.0, 0.1, "exponential"),
         dataset=train,

@@ -264,10 +264,10 @@ class SearchedNetwork(SearchModel):
         """Bring choices and masks to a network whose hard costs are at most ``targets``, cost -> largest value.
 
         Alphas move as little as they can. If no masks are small enough for the likeliest options, the most probable
-        ones that can meet all targets take their place, exactly; then the units that are worth least, by |alpha| per
-        cost, are switched off. ``fills``: where every target is used to less than 95 %, what is worth most and fits is
-        switched on; without masks, the most probable options that use 95 % of the most that any do. Only what learns
-        moves. InfeasibleTargetError if there is no such network.
+        ones that can meet all targets take their place, exactly; then the units of the smallest |alpha| are switched
+        off. ``fills``: where every target is used to less than 95 %, the largest ones that fit are switched on; without
+        masks, the most probable options lead that use 95 % of the most that any do. Only what learns moves.
+        InfeasibleTargetError if there is no such network.
         """
         for name in targets:
             self._check_cost(name)

@@ -1,7 +1,8 @@
 """Masks onto limits of costs: the network that stays is within all of them, and what is cut is worth least.
 
-A unit is worth its |alpha|, and costs the slope of the costs in its axis: of all that may go, the unit of the smallest
-ratio goes first. The alphas move as little as they can: to the threshold and, where there is room, just above it.
+A unit is worth its |alpha|, in which the gradients of task and costs have been gathered: to weigh it by its cost once
+more would order the units anew, and the network with them. The smallest go first, and as little as they can: just below
+the threshold; those that come back where there is room, just above it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .selection import USED
 
 __all__ = ["Projection"]
 
-_JUST_ABOVE = THRESHOLD + 1e-3
+_MARGIN = 0.02  # what is switched moves so far beyond the threshold: less, and the next step would switch it back
+_OFF, _ON = THRESHOLD - _MARGIN, THRESHOLD + _MARGIN
 _HALVINGS = 14  # of an interval of alphas: to 6e-5
 
 Costs = Callable[[Tensor], Tensor]  # sizes of the axes, float64 -> the costs, each divided by its limit
@@ -109,7 +111,7 @@ class Projection:
         saved = slopes[steps.axis] * steps.size
         if not bool((saved > 0).any()):
             saved = torch.ones_like(saved)  # a cost in jumps says nothing here; cut what is worth least
-        order = torch.argsort(steps.worth * steps.size / saved.clamp(min=1e-300), stable=True)
+        order = torch.argsort(steps.worth, stable=True)
         need = float((used[violated] - 1).sum()) / 2
         n = max(1, int((saved[order].cumsum(0) <= need).sum()))
         chosen = torch.zeros(len(order), dtype=torch.bool)
@@ -180,7 +182,7 @@ class Projection:
             if not bool(of_axis.any()):
                 continue
             size = alpha.abs()
-            moved = size.clamp(min=_JUST_ABOVE) if on else size.clamp(max=THRESHOLD)
+            moved = size.clamp(min=_ON) if on else size.clamp(max=_OFF)
             alpha.copy_(torch.where(of_axis, moved, alpha))
 
     def _shorten(self, label: str) -> None:
@@ -190,10 +192,10 @@ class Projection:
         flags = mask.hard()
         first = len(flags) - int(flags.sum())
         score = kernel_scores(mask.alpha)[first]
-        mask.alpha[: first + 1] *= THRESHOLD / score * (1 - 1e-6)
+        mask.alpha[: first + 1] *= _OFF / score
         # The next one stays, unless it had nothing of its own.
         if first + 1 < len(mask.alpha) - 1:
-            missing = _JUST_ABOVE - kernel_scores(mask.alpha)[first + 1]
+            missing = _ON - kernel_scores(mask.alpha)[first + 1]
             mask.alpha[first + 1] += missing.clamp(min=0)
 
     def _cut_dilations(self) -> None:
@@ -225,7 +227,7 @@ class Projection:
             fits = is_open & (takes <= room[:, None]).all(0)
             if not bool(fits.any()):
                 return
-            order = torch.argsort(takes.sum(0) / (steps.worth * steps.size).clamp(min=1e-6), stable=True)
+            order = torch.argsort(steps.worth, descending=True, stable=True)
             order = order[fits[order]]
             n = 1 if singly else max(1, int((takes[:, order].cumsum(1) <= room[:, None] / 2).all(0).sum()))
             chosen = torch.zeros(len(steps.axis), dtype=torch.bool)

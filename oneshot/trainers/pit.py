@@ -23,10 +23,17 @@ class PITTrainer(PenalizedTrainer):
 
     * Warm-up: the weights alone; masks stay at 1.
     * Search: weights and masks. The loss of the masks is L = CE + sum_k s_k C_k, where C_k is the cost of the network
-      that would be exported now, in its unit, with the gradient of the relaxed cost; with a target T_k the term is
-      s_k max(0, C_k - T_k). Below its target a cost does not pull, and units may come back.
+      that would be exported now, in its unit, with the gradient of the relaxed cost. Targets need no strength: see
+      below.
     * Fine-tuning: the weights alone, with masks as they were found, from the epoch that is kept and with a fresh
       optimizer. It is what training the exported network would be, in the size of the whole one.
+
+    ``targets`` are met by what is exported. Their costs pull with prices that dual ascent finds (``trainers.budget``),
+    towards limits that come down to the targets in the first half of the search; masks, which Adam moves at one speed,
+    are raised together where they have gone below a limit. From 60 % of the search on they are projected onto the
+    targets after each step, with a learning rate that falls from a fifth to 0: the units of the smallest |alpha|, in
+    which the gradients of task and costs have been gathered, are switched off, others on where there is room, so that
+    weights are trained in the network that will be exported.
 
     Masks have an optimizer of their own without weight decay, and are clipped to [0, 1] after each step. If no cost can
     pull (every strength is 0, or the whole network meets the targets), they stay where they are: the task alone would
@@ -51,10 +58,11 @@ class PITTrainer(PenalizedTrainer):
             Its class, groups and settings are taken over; masks in it are left out. ``finetune_optimizer``: instead
             of it in the fine-tuning.
         num_epochs, warmup_epochs, finetune_epochs: of the three phases.
-        strength: s_k, per unit of its cost (1e-6 per parameter, 1e-9 per MAC): one number for all costs, or with
-            targets for those that have one; or cost -> number. ``normalize``: costs and targets are divided by the cost
-            of the whole network.
+        strength: s_k, per unit of its cost (1e-6 per parameter, 1e-9 per MAC): one number for all costs, or cost ->
+            number. ``normalize``: these costs are divided by that of the whole network.
         targets: cost -> largest value of the exported network. InfeasibleTargetError if no masks get there.
+        regularizer: ``BaseRegularizer``, ``DUCCIO``, ``GroupLasso``, ..., or a sum of some. Of costs: added to the loss
+            of the masks, with the epochs of the search; of weights: in every weight step, with those of the whole run.
         mask_learning_rate: of Adam for the masks. ``arch_optimizer``: a function from a list of parameters to another
             optimizer, without weight decay.
         dataset: training set of (input, target) pairs; ``arch_fraction`` of it for the masks. ``arch_dataset``: the

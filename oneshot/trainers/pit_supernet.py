@@ -28,7 +28,7 @@ class PITSuperNetTrainer(PenalizedTrainer):
 
     It is ``PITTrainer`` for the masks and ``SuperNetTrainer`` for the alphas, in one loss, L = CE + sum_k s_k C_k, and
     one step: C_k is the cost expected under the probabilities of the step, of candidates of the sizes that their masks
-    leave. With a target T_k the term is s_k max(0, C_k - T_k).
+    leave. ``targets`` are met as in ``PITTrainer`` and ``SuperNetTrainer``.
 
     Args:
         network: ``PIT(model, ...)`` of a model with choices; or ``SuperNet(model, ...)``, which has choices alone, also

@@ -35,8 +35,8 @@ class SuperNetTrainer(PenalizedTrainer):
 
     * Warm-up: the weights alone, of all candidates mixed by the alphas as they are: y = sum_k softmax(alpha / T)_k o_k.
     * Search: weights and alphas, with the gates of ``sampling`` and ``hard``. The loss of the alphas is
-      L = CE + sum_k s_k E_k, where E_k is the expected cost under the probabilities of the step, in its unit; with a
-      target T_k the term is s_k max(0, E_k - T_k).
+      L = CE + sum_k s_k E_k, where E_k is the expected cost under the probabilities of the step, in its unit.
+      Targets need no strength: see below.
     * Fine-tuning: the weights of the argmax path alone, from the epoch that is kept and with a fresh optimizer. No
       other candidate is touched.
 
@@ -59,15 +59,19 @@ class SuperNetTrainer(PenalizedTrainer):
     ``entropy_strength``, which adds s times the mean entropy, both with p = softmax(alpha). ``entropy`` in ``history``
     tells how far it is.
 
-    Which epoch is kept, ``targets``, ``patience``, the files and all arguments that are not named here: as in
-    ``PITTrainer``. Targets are judged on the argmax network. ``evaluate`` uses the statistics of each batch.
+    ``targets`` are met by what is exported. Their costs pull with prices that dual ascent finds (``trainers.budget``),
+    judged on the argmax network. What is evaluated after an epoch, kept, fine-tuned and exported are the most probable
+    options within all targets, exactly; and, of what held the search back, 95 % of the most that any can use is used.
+
+    Which epoch is kept, ``patience``, the files and all arguments that are not named here: as in ``PITTrainer``.
+    ``evaluate`` uses the statistics of each batch.
 
     Args:
         model: the network, with LayerChoice, InputChoice, Repeat in it; or a ``SuperNet``, which has its own costs, and
             whose candidates may differ in their widths: build the optimizer from its parameters.
         cost, applied_hardware, missing, dummy_input: as in ``ProxylessTrainer``.
-        strength: s_k, per unit of its cost: one number for all costs, or with targets for those that have one; or
-            cost -> number. ``normalize``: costs and targets are divided by the cost of the largest network.
+        strength: s_k, per unit of its cost: one number for all costs, or cost -> number. ``normalize``: these costs are
+            divided by that of the largest network.
         targets: cost -> largest value of the exported network. InfeasibleTargetError if no network meets all of them.
         grad_reg_loss_type, grad_reg_loss_params, ref_latency: besides that, or instead, a loss of ProxylessNAS's form,
             as in ``ProxylessTrainer``: ``'mul#log'``, ``'add#linear'`` or None. It is the loss of the alphas; the

@@ -17,6 +17,8 @@ from .searched import Searched
 
 __all__ = ["Pull", "Targets"]
 
+_SLOWLY = 0.2  # of the learning rate of masks: a unit that is switched on has weights of before it was off
+
 
 class Pull(NamedTuple):
     """The sum of the prices of a step, and the gradients of the costs at these prices."""
@@ -84,9 +86,9 @@ class Targets:
         return add_gradients(learning, [None if g is None else g * scale for g in pull.gradients])
 
     def settle(self, optimizer: Optimizer, lrs: Sequence[float], progress: float) -> None:
-        """Before a step: the learning rates of masks come down to 0 at the end of the search."""
+        """Before a step: the learning rates of masks that keep the targets go from a fifth to 0."""
         if self and self.searched.has_masks:
-            left = min(1.0, (1.0 - progress) / (1.0 - SETTLED))
+            left = 1.0 if progress < SETTLED else _SLOWLY * (1.0 - progress) / (1.0 - SETTLED)
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * left
 
