@@ -42,6 +42,7 @@ def best_under_budget(
     budget: Mapping[str, float],
     *,
     least: Mapping[str, float] | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """The most probable choices whose costs are at most their budgets, as label -> option.
 
@@ -50,7 +51,7 @@ def best_under_budget(
     when no architecture fits; ConfigurationError for a budget, a cost or a probability that cannot be used.
 
     ``least``: cost -> at least so much of it, up to the solver's tolerance, if some architecture within the budget has
-    it; else it is left out of account.
+    it; else it is left out of account. ``fixed``: label -> option of the decisions that are made already.
 
     >>> from torch import nn
     >>> from oneshot import LayerChoice, count_params
@@ -59,14 +60,15 @@ def best_under_budget(
     {'a': 1}
     """
     _check(log_probabilities, costs, budget)
+    fixed = fixed or {}
     used = [(cost, low) for name, low in (least or {}).items() if isinstance(cost := costs[name], CostModel)]
-    argmax = {label: first_argmax(row) for label, row in log_probabilities.items()}
+    argmax = {label: first_argmax(row) for label, row in log_probabilities.items()} | dict(fixed)
     keeps = all(costs[name].of(argmax) <= limit for name, limit in budget.items())
     if keeps and all(cost.of(argmax) >= low for cost, low in used):
         return argmax
     # Only differences within a decision count, and they leave the solver small numbers.
     score = {k: [-max(value - max(row), _LEAST_LOG) for value in row] for k, row in log_probabilities.items()}
-    program = _Program({label: len(row) for label, row in log_probabilities.items()})
+    program = _Program({label: len(row) for label, row in log_probabilities.items()}, fixed)
     additive = {name: cost for name in budget if isinstance(cost := costs[name], CostModel)}
     for name, cost in additive.items():
         program.at_most(cost, budget[name])
@@ -78,23 +80,28 @@ def best_under_budget(
     for _ in range(_MOST_CUTS if only_additive else _MOST_ROUNDS):
         choices = program.minimum(score)
         if choices is None:
-            return best_under_budget(log_probabilities, costs, budget) if used else _drawn_in(score, costs, budget)
+            if used:
+                return best_under_budget(log_probabilities, costs, budget, fixed=fixed)
+            return _drawn_in(score, costs, budget, fixed)
         above = [name for name, limit in budget.items() if costs[name].of(choices) > limit]
         if not above:
             return choices
         program.cut_off(costs[above[0]], budget[above[0]], choices)
     if only_additive:
-        return _drawn_in(score, costs, budget)
+        return _drawn_in(score, costs, budget, fixed)
     raise UnsupportedModelError(
         f"budget {dict(budget)}: neither the best architecture nor a proof that there is none was found in "
         f"{_MOST_ROUNDS} rounds; this happens where very many are just above it. Change the budget a little"
     )
 
 
-def best_use(costs: Mapping[str, Cost], budget: Mapping[str, float]) -> tuple[str, float] | None:
+def best_use(
+    costs: Mapping[str, Cost], budget: Mapping[str, float], fixed: Mapping[str, int] | None = None
+) -> tuple[str, float] | None:
     """The cost that can come nearest to its budget while all are kept, and the most that it then is.
 
-    None if no cost is a ``CostModel`` with a budget above 0, or nothing fits.
+    ``fixed``: label -> option of the decisions that are made already. None if no cost is a ``CostModel`` with a budget
+    above 0, or nothing fits.
 
     >>> from torch import nn
     >>> from oneshot import LayerChoice, count_params
@@ -107,7 +114,7 @@ def best_use(costs: Mapping[str, Cost], budget: Mapping[str, float]) -> tuple[st
         cost = costs[name]
         if not isinstance(cost, CostModel) or not limit > 0:
             continue
-        most = _most(cost, costs, budget)
+        most = _most(cost, costs, budget, fixed or {})
         if most is not None:
             found.append((most / limit, name, most))
     if not found:
@@ -116,9 +123,12 @@ def best_use(costs: Mapping[str, Cost], budget: Mapping[str, float]) -> tuple[st
     return name, most
 
 
-def _most(cost: CostModel, costs: Mapping[str, Cost], budget: Mapping[str, float]) -> float | None:
+def _most(
+    cost: CostModel, costs: Mapping[str, Cost], budget: Mapping[str, float], fixed: Mapping[str, int]
+) -> float | None:
     """The largest value of one cost within all budgets."""
-    program = _Program({label: n for other in budget for label, n in costs[other].sizes.items()})
+    sizes = {label: n for other in budget for label, n in costs[other].sizes.items()}
+    program = _Program(sizes, {label: option for label, option in fixed.items() if label in sizes})
     for other, limit in budget.items():
         of_other = costs[other]
         if isinstance(of_other, CostModel):
@@ -208,22 +218,26 @@ def _extreme(cost: CostModel, sign: float) -> dict[str, int]:
 
 
 def _drawn_in(
-    score: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], budget: Mapping[str, float]
+    score: Mapping[str, Sequence[float]],
+    costs: Mapping[str, Cost],
+    budget: Mapping[str, float],
+    fixed: Mapping[str, int],
 ) -> dict[str, int]:
     """For crowds within the tolerance: the best by a slightly smaller budget, or the cheapest by one of the costs."""
-    program = _Program({label: len(row) for label, row in score.items()})
+    program = _Program({label: len(row) for label, row in score.items()}, fixed)
     additive = {name: cost for name in budget if isinstance(cost := costs[name], CostModel)}
     for name, cost in additive.items():
         program.at_most(cost, budget[name], margin=1e-5)
-    cheapest = (dict.fromkeys(score, 0) | _extreme(cost, 1.0) for cost in additive.values())
+    cheapest = (dict.fromkeys(score, 0) | _extreme(cost, 1.0) | dict(fixed) for cost in additive.values())
     for choices in (program.minimum(score), *cheapest):
         if choices is not None and all(costs[name].of(choices) <= limit for name, limit in budget.items()):
             return choices
-    raise InfeasibleTargetError(_infeasible(costs, budget))
+    raise InfeasibleTargetError(_infeasible(costs, budget, fixed))
 
 
-def _infeasible(costs: Mapping[str, Cost], budget: Mapping[str, float]) -> str:
-    lines = [f"no architecture meets {dict(budget)}:"]
+def _infeasible(costs: Mapping[str, Cost], budget: Mapping[str, float], fixed: Mapping[str, int]) -> str:
+    given = f" with the options {dict(fixed)}, which do not learn" if fixed else ""
+    lines = [f"no architecture meets {dict(budget)}{given}:"]
     for name, limit in budget.items():
         low, high = cost_range(costs[name])
         lines.append(f"  {name}: budget {limit:.15g}, reachable {low:.15g} to {high:.15g} {costs[name].unit}")
@@ -254,7 +268,7 @@ class _Linear:
 class _Program:
     """Variables: x[label, option] in {0, 1}, then one continuous z in [0, 1] per product of decisions."""
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
+    def __init__(self, sizes: Mapping[str, int], fixed: Mapping[str, int] | None = None) -> None:
         self.first: dict[str, int] = {}
         self.n = 0
         for label, size in sizes.items():
@@ -265,6 +279,7 @@ class _Program:
         self.rows: list[tuple[dict[int, float], float, float]] = [
             ({start + o: 1.0 for o in range(sizes[label])}, 1.0, 1.0) for label, start in self.first.items()
         ]
+        self.rows += [({self.first[label] + option: 1.0}, 1.0, 1.0) for label, option in (fixed or {}).items()]
 
     def linear(self, cost: CostModel, sign: float = 1.0) -> _Linear:
         """sign * cost of the labels of this program; adds the variables of its products."""

@@ -220,13 +220,14 @@ class MaskSet(nn.Module):
         return [axis.units for axis in self.channels] + sides
 
     def lowest(self, learning: bool = False) -> list[int]:
-        """The smallest size of each axis that its masks allow; ``learning``: only those of them that learn now."""
+        """The smallest size of each axis that its masks allow; ``learning``: if only those move that learn now."""
 
         def moves(label: str) -> bool:
             return not learning or bool(self[label].alpha.requires_grad)
 
         lowest = [
-            _multiple(self[axis.label], axis.units) if moves(axis.label) else axis.units for axis in self.channels
+            _multiple(self[a.label], a.units) if moves(a.label) else int(self[a.label].hard().detach().sum())
+            for a in self.channels
         ]
         for kernel, full in zip(self.kernels, self.full()[len(self.channels) :], strict=True):
             searched = moves(kernel.kernel_label)

@@ -33,7 +33,7 @@ from .presence import holds
 from .projection import Projection
 from .report import PITReport, report_of
 from .search_space import SearchSpace, cut_network, rewriter_of, shapes_of
-from .selection import check_labels, choose_, inverse_variation, sampler_of, set_choices, taken
+from .selection import check_labels, choose_, fixed_options, inverse_variation, sampler_of, set_choices, taken
 from .sizes import Sizes
 from .summary import summary_row
 from .trial import NoDropout
@@ -257,7 +257,7 @@ class SearchedNetwork(SearchModel):
         smallest = torch.tensor(self.masks.lowest(learning=True), dtype=torch.float64)
         costs = self._costs.at(smallest, self.network)
         uniform = {label: [0.0] * len(decision.options) for label, decision in self.choices.items()}
-        best_under_budget(uniform, {name: costs[name] for name in targets}, targets)
+        best_under_budget(uniform, {name: costs[name] for name in targets}, targets, fixed=fixed_options(self.choices))
 
     @torch.no_grad()
     def keep_targets_(self, targets: Mapping[str, float], *, fills: bool = False) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InfeasibleTargetError
-from ..mutables.masks import THRESHOLD, KernelMask, Mask, kernel_scores, octaves
+from ..mutables.masks import THRESHOLD, Mask, kernel_scores
+from .axes import KernelAxis
 from .mask_set import MaskSet
 from .selection import USED
 
@@ -28,11 +29,17 @@ Costs = Callable[[Tensor], Tensor]  # sizes of the axes, float64 -> the costs, e
 
 
 class _Steps(NamedTuple):
-    """What can be switched at once: of each its axis, its worth, and the size that it takes, all of shape (steps,)."""
+    """What can be switched at once: of each its axis, its worth, and the size that it takes, all of shape (steps,).
+
+    Those of channels come first; ``of_unit``: the step of each unit, -1 for one that stays as it is. Then those of
+    kernels, whose masks are ``labels``.
+    """
 
     axis: Tensor
     worth: Tensor
     size: Tensor
+    of_unit: Tensor
+    labels: list[str]
 
 
 @final
@@ -86,7 +93,7 @@ class Projection:
 
     def _used(self) -> Tensor:
         # In 15 digits, as costs are compared everywhere.
-        return torch.tensor([float(f"{value:.15g}") for value in self.costs(self._sizes()).tolist()])
+        return torch.tensor([float(f"{c:.15g}") for c in self.costs(self._sizes()).tolist()], dtype=torch.float64)
 
     def _slopes(self) -> Tensor:
         """d costs / d sizes at the sizes of now, of shape (costs, axes)."""
@@ -100,145 +107,160 @@ class Projection:
     # ---- cutting -----------------------------------------------------------------------------------------------------
 
     def _cut(self, used: Tensor) -> None:
-        """Switch off about half of what is too much, and at least one step."""
-        violated = used > 1
-        slopes = self._slopes()[violated].clamp(min=0).sum(0)
-        steps, units = self._channel_steps(off=True)
-        steps, n_channel_steps = self._with_kernels(steps), len(steps.axis)
+        """Switch off about half of what is too much, and at least one step.
+
+        A step that would leave a limit unused waits for those that do not: what is left of it could not be filled.
+        """
+        steps = self._steps(on=False)
         if len(steps.axis) == 0:
-            self._cut_dilations()
-            return
-        saved = slopes[steps.axis] * steps.size
+            raise InfeasibleTargetError(
+                f"targets: the smallest masks are {used.tolist()} times as large; give larger ones, or search more of "
+                "the network"
+            )
+        violated = used > 1
+        saved = self._slopes()[violated].clamp(min=0).sum(0)[steps.axis] * steps.size
         if not bool((saved > 0).any()):
             saved = torch.ones_like(saved)  # a cost in jumps says nothing here; cut what is worth least
+        need = float((used[violated] - 1).sum())
+        coarse = saved > need + (1 - USED)
         order = torch.argsort(steps.worth, stable=True)
-        need = float((used[violated] - 1).sum()) / 2
-        n = max(1, int((saved[order].cumsum(0) <= need).sum()))
-        chosen = torch.zeros(len(order), dtype=torch.bool)
-        chosen[order[:n]] = True
-        self._set(units, chosen[:n_channel_steps], on=False)
-        for axis in steps.axis[n_channel_steps:][chosen[n_channel_steps:]].tolist():
-            self._shorten(self.masks.kernels[axis - self.n_channels].kernel_label)
-
-    def _channel_steps(self, *, off: bool) -> tuple[_Steps, Tensor]:
-        """Of each channel mask that learns, its units in whole multiples, those first that are first switched.
-
-        And the step of every unit, -1 for those that stay as they are.
-        """
-        masks = self.masks
-        step_of = torch.full((masks.units,), -1, dtype=torch.int64)
-        axes: list[int] = []
-        worths, sizes = [], []
-        for i, axis in enumerate(masks.channels):
-            mask = masks[axis.label]
-            if not mask.alpha.requires_grad:
-                continue
-            theta, kept = mask.alpha.detach().abs().cpu(), mask.hard().detach().cpu() > 0
-            n, granularity, start = int(kept.sum()), mask.granularity, masks.start(axis.label)
-            # From the largest, of equal ones the last first: what is switched off last, and on first.
-            ranked = len(theta) - 1 - torch.argsort(theta.flip(0), descending=True, stable=True)
-            chunks: list[Tensor] = []
-            at, goal = n, int(self.lowest[i]) if off else len(theta)
-            while at != goal:
-                if off:
-                    after = max((at - 1) // granularity * granularity, goal)
-                    chunks.append(ranked[after:at])
-                else:
-                    after = min((at // granularity + 1) * granularity, goal)
-                    chunks.append(ranked[at:after])
-                at = after
-            for units in chunks:
-                step_of[start + units] = len(axes)
-                axes.append(i)
-                worths.append(float(theta[units].mean()))
-                sizes.append(len(units))
-        tensors = torch.tensor(axes, dtype=torch.int64), torch.tensor(worths), torch.tensor(sizes, dtype=torch.float64)
-        return _Steps(*tensors), step_of
-
-    def _with_kernels(self, steps: _Steps) -> _Steps:
-        """One step more for every kernel that can become shorter."""
-        axes, worths, sizes = [], [], []
-        for i, kernel in enumerate(self.masks.kernels):
-            mask = self.masks[kernel.kernel_label]
-            flags = mask.hard().detach()
-            first = len(flags) - int(flags.sum())  # the oldest tap that is there
-            if mask.alpha.requires_grad and first < len(flags) - 1:
-                score = kernel_scores(mask.alpha.detach())[first]
-                axes.append(self.n_channels + i)
-                worths.append(float(score) / (first + 1))
-                before, after = mask.sizes[int(flags.sum()) - 1], mask.sizes[int(flags.sum()) - 2]
-                sizes.append(before - after)
-        more = torch.tensor(axes, dtype=torch.int64), torch.tensor(worths), torch.tensor(sizes, dtype=torch.float64)
-        return _Steps(*(torch.cat(pair) for pair in zip(steps, more, strict=True)))
-
-    def _set(self, step_of: Tensor, chosen: Tensor, *, on: bool) -> None:
-        """Move the alphas of the units of these steps over the threshold, as little as possible."""
-        flags = torch.zeros(len(step_of), dtype=torch.bool)
-        if len(chosen):
-            flags = (step_of >= 0) & chosen[step_of.clamp(min=0)]
-        for axis in self.masks.channels:
-            alpha, start = self.masks[axis.label].alpha, self.masks.start(axis.label)
-            of_axis = flags[start : start + len(alpha)].to(alpha.device)
-            if not bool(of_axis.any()):
-                continue
-            size = alpha.abs()
-            moved = size.clamp(min=_ON) if on else size.clamp(max=_OFF)
-            alpha.copy_(torch.where(of_axis, moved, alpha))
-
-    def _shorten(self, label: str) -> None:
-        """Switch off the oldest tap: its score, the sum of |beta| up to it, comes down to the threshold."""
-        mask = self.masks[label]
-        assert isinstance(mask, KernelMask)
-        flags = mask.hard()
-        first = len(flags) - int(flags.sum())
-        score = kernel_scores(mask.alpha)[first]
-        mask.alpha[: first + 1] *= _OFF / score
-        # The next one stays, unless it had nothing of its own.
-        if first + 1 < len(mask.alpha) - 1:
-            missing = _ON - kernel_scores(mask.alpha)[first + 1]
-            mask.alpha[first + 1] += missing.clamp(min=0)
-
-    def _cut_dilations(self) -> None:
-        """The last resort, where no channel and no tap can go any more: the next larger dilation."""
-        for kernel in self.masks.kernels:
-            if not kernel.dilated:
-                continue
-            mask = self.masks[kernel.dilation_label]
-            now = mask.decision()
-            if mask.alpha.requires_grad and now < 2 ** (octaves(kernel.taps) - 1):
-                mask.decide(2 ** now.bit_length())
-                return
-        raise InfeasibleTargetError(
-            f"targets: the smallest masks need {self._used().tolist()} of them; give larger ones, or search more of "
-            "the network"
-        )
+        order = torch.cat([order[~coarse[order]], order[coarse[order]]])
+        n = max(1, int((saved[order].cumsum(0) <= need / 2).sum()))
+        self._switch(steps, order[:n], on=False)
 
     # ---- filling -----------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        """Switch on what is worth most for what it takes, as long as it fits into every limit."""
+        """Switch on what is worth most, as long as it fits into every limit."""
         closed: set[int] = set()
         singly = False
+        masks = [mask for _, mask in self.masks.items()]
         while True:
-            steps, units = self._channel_steps(off=False)
+            steps = self._steps(on=True)
             takes = self._slopes().clamp(min=0)[:, steps.axis] * steps.size
             room = 1 - self._used()
             is_open = torch.tensor([axis not in closed for axis in steps.axis.tolist()], dtype=torch.bool)
-            fits = is_open & (takes <= room[:, None]).all(0)
+            # What costs nothing is not there: units of a candidate that is not decided for.
+            fits = is_open & (takes <= room[:, None]).all(0) & (takes > 0).any(0)
             if not bool(fits.any()):
                 return
             order = torch.argsort(steps.worth, descending=True, stable=True)
             order = order[fits[order]]
             n = 1 if singly else max(1, int((takes[:, order].cumsum(1) <= room[:, None] / 2).all(0).sum()))
-            chosen = torch.zeros(len(steps.axis), dtype=torch.bool)
-            chosen[order[:n]] = True
-            before = [self.masks[axis.label].alpha.clone() for axis in self.masks.channels]
-            self._set(units, chosen, on=True)
+            before = [mask.alpha.clone() for mask in masks]
+            self._switch(steps, order[:n], on=True)
             if not bool((self._used() > 1).any()):
                 continue
             # The slope had promised too little.
-            for axis, alpha in zip(self.masks.channels, before, strict=True):
-                self.masks[axis.label].alpha.copy_(alpha)
+            for mask, alpha in zip(masks, before, strict=True):
+                mask.alpha.copy_(alpha)
             if n == 1:
                 closed.add(int(steps.axis[order[0]]))
             singly = True
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def _steps(self, *, on: bool) -> _Steps:
+        """What can be switched on, or off, next: of each channel mask its units in whole multiples, of each kernel one.
+
+        Steps of one mask come in the order in which they are switched.
+        """
+        masks = self.masks
+        of_unit = torch.full((masks.units,), -1, dtype=torch.int64)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        n_steps = 0
+        for i, axis in enumerate(masks.channels):
+            mask = masks[axis.label]
+            if not mask.alpha.requires_grad:
+                continue
+            theta, kept = mask.alpha.detach().abs().cpu(), int(mask.hard().detach().sum())
+            # From the largest, of equal ones the last first: what is switched off last, and on first.
+            ranked = len(theta) - 1 - torch.argsort(theta.flip(0), descending=True, stable=True)
+            units = ranked[kept:] if on else ranked[int(self.lowest[i]) : kept].flip(0)
+            if len(units) == 0:
+                continue
+            place = torch.arange(len(units))
+            g = mask.granularity
+            chunk = (kept + place) // g - kept // g if on else -(-kept // g) - 1 - (kept - 1 - place) // g
+            n = int(chunk[-1]) + 1
+            sizes = torch.bincount(chunk, minlength=n).double()
+            worth = torch.zeros(n, dtype=torch.float64).index_add_(0, chunk, theta[units].double()) / sizes
+            of_unit[masks.start(axis.label) + units] = n_steps + chunk
+            parts.append((torch.full((n,), i), worth, sizes))
+            n_steps += n
+        of_kernels, labels = self._kernel_steps(on=on)
+        parts.append(of_kernels)
+        axis_of, worths, sizes = (torch.cat(column) for column in zip(*parts, strict=True))
+        return _Steps(axis_of, worths, sizes, of_unit, labels)
+
+    def _kernel_steps(self, *, on: bool) -> tuple[tuple[Tensor, Tensor, Tensor], list[str]]:
+        """The next tap, and the next dilation, of each kernel."""
+        rows: list[tuple[int, float, float]] = []
+        labels: list[str] = []
+        for i, kernel in enumerate(self.masks.kernels, start=self.n_channels):
+            now = self._taps(kernel)
+            for label in (kernel.kernel_label, *([kernel.dilation_label] if kernel.dilated else [])):
+                mask = self.masks[label]
+                if not mask.alpha.requires_grad:
+                    continue
+                before = mask.alpha.clone()
+                worth = self._step_kernel(mask, on=on)
+                size = abs(self._taps(kernel) - now)
+                mask.alpha.copy_(before)
+                if size:
+                    rows.append((i, worth, size))
+                    labels.append(label)
+        axis = torch.tensor([row[0] for row in rows], dtype=torch.int64)
+        numbers = torch.tensor([row[1:] for row in rows], dtype=torch.float64).reshape(-1, 2)
+        return (axis, numbers[:, 0], numbers[:, 1]), labels
+
+    def _taps(self, kernel: KernelAxis) -> float:
+        """How many taps of a side are left."""
+        flags = self.masks[kernel.kernel_label].hard()
+        if kernel.dilated:
+            flags = flags * self.masks[kernel.dilation_label].hard()
+        counts = torch.bincount(next(iter(kernel.positions.values())), minlength=kernel.taps)
+        return float(flags.cpu() @ counts.to(flags))
+
+    def _step_kernel(self, mask: Mask, *, on: bool) -> float:
+        """Switch the next tap, or the next dilation, of one mask as little as possible; how much it is worth.
+
+        A tap is there if the sum of |beta| up to it, a power of 2 if that of |gamma| up to it is above the threshold.
+        """
+        size = mask.alpha.abs()
+        score = kernel_scores(size)
+        flags = score > THRESHOLD
+        first = len(size) - int(flags.sum())  # the oldest that is there
+        place = first - 1 if on else first
+        if not 0 <= place < len(size) - 1:
+            return 0.0
+        worth = float(score[place]) / (place + 1)
+        if on:
+            size[place] += _ON - score[place]
+        else:
+            size[: place + 1] *= _OFF / score[place]
+            if place + 1 < len(size) - 1:  # the next one stays, unless it had nothing of its own
+                size[place + 1] += (_ON - _OFF - size[place + 1]).clamp(min=0)
+        mask.alpha.copy_(size)
+        return worth
+
+    def _switch(self, steps: _Steps, chosen: Tensor, *, on: bool) -> None:
+        """Move the alphas of these steps over the threshold, as little as possible."""
+        flags = torch.zeros(len(steps.axis), dtype=torch.bool)
+        flags[chosen] = True
+        n_channel_steps = len(steps.axis) - len(steps.labels)
+        is_switched = torch.zeros(len(steps.of_unit), dtype=torch.bool)
+        if n_channel_steps:
+            is_switched = (steps.of_unit >= 0) & flags[steps.of_unit.clamp(min=0)]
+        for axis in self.masks.channels:
+            alpha, start = self.masks[axis.label].alpha, self.masks.start(axis.label)
+            of_axis = is_switched[start : start + len(alpha)].to(alpha.device)
+            if not bool(of_axis.any()):
+                continue
+            size = alpha.abs()
+            if on:  # with those that stay only because some have to
+                of_axis = of_axis | (self.masks[axis.label].hard() > 0)
+            alpha.copy_(torch.where(of_axis, size.clamp(min=_ON) if on else size.clamp(max=_OFF), alpha))
+        for label, is_chosen in zip(steps.labels, flags[n_channel_steps:].tolist(), strict=True):
+            if is_chosen:
+                self._step_kernel(self.masks[label], on=on)

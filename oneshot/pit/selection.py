@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor
 
 from ..cost.decode import best_under_budget, best_use
 from ..cost.memory import Cost
-from ..errors import ArchMismatchError, InfeasibleTargetError
+from ..errors import ArchMismatchError
 from ..mutables import Decision, GumbelSoftmax, Softmax, lead_
 from ..mutables.samplers import first_argmax
 
-__all__ = ["USED", "choose_", "inverse_variation", "sampler_of", "set_choices", "taken"]
+__all__ = ["USED", "choose_", "fixed_options", "inverse_variation", "sampler_of", "set_choices", "taken"]
 
 USED = 0.95  # of a target that held a search back, or of the most that any architecture uses of it
 
@@ -64,18 +63,17 @@ def choose_(
     ``fills``: those of them that use, of the target that can be used best, 95 % of the most that any do. Choices that
     do not learn stay as they are. InfeasibleTargetError if nothing is within the targets.
     """
-    use = best_use(costs, targets) if fills else None
+    still = fixed_options(choices)
+    use = best_use(costs, targets, still) if fills else None
     least = None if use is None else {use[0]: USED * use[1]}
     log_p = {label: d.alpha.detach().double().log_softmax(0).tolist() for label, d in choices.items()}
-    still = {k: first_argmax(log_p[k]) for k, d in choices.items() if not d.alpha.requires_grad}
-    for label, option in still.items():
-        log_p[label] = [0.0 if i == option else -math.inf for i in range(len(log_p[label]))]
-    found = best_under_budget(log_p, costs, targets, least=least)
-    if any(found[label] != option for label, option in still.items()):
-        raise InfeasibleTargetError(
-            f"targets {dict(targets)}: no architecture meets them with {still}, which are fixed"
-        )
-    lead_(choices, found)
+    lead_(choices, best_under_budget(log_p, costs, targets, least=least, fixed=still))
+
+
+def fixed_options(choices: Mapping[str, Decision]) -> dict[str, int]:
+    """Label -> option of the choices that do not learn."""
+    still = {label: d.alpha.detach().tolist() for label, d in choices.items() if not d.alpha.requires_grad}
+    return {label: first_argmax(alpha) for label, alpha in still.items()}
 
 
 def check_labels(choices: Sequence[str], masks: Sequence[str]) -> None:

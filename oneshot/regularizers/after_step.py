@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, final
+from weakref import ref
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ class Followed:
 
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[tuple[ref[Optimizer], RemovableHandle]] = []
 
     def __reduce__(self) -> tuple[type[Followed], tuple[float]]:
         return Followed, (self.factor,)
@@ -116,12 +117,14 @@ class Followed:
         for before in steps:
             check_order(before, step)
         step.follower = self
-        self._handles.append(optimizer.register_step_post_hook(step))
+        self._handles.append((ref(optimizer), optimizer.register_step_post_hook(step)))
 
-    def clear(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def clear(self, optimizer: Optimizer | None = None) -> None:
+        """Follow this optimizer no more; None: none."""
+        gone = [(of, handle) for of, handle in self._handles if optimizer is None or of() in (optimizer, None)]
+        for entry in gone:
+            entry[1].remove()
+            self._handles.remove(entry)
 
 
 def check_order(first: ProximalStep, second: ProximalStep) -> None:

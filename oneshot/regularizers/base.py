@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, final
 
 import torch
@@ -64,8 +65,8 @@ class Regularizer(ABC):
     def attach(self, model: Any, optimizer: Optimizer) -> None:
         """Follow the steps of an optimizer, if there is something to do after them."""
 
-    def detach(self) -> None:
-        """Follow no optimizer any more."""
+    def detach(self, optimizer: Optimizer | None = None) -> None:
+        """Follow this optimizer no more; None: no optimizer."""
 
     def settings(self) -> dict[str, Any]:
         """What it is, as plain data: a run is taken up again with the same one only."""
@@ -117,12 +118,15 @@ class Sum(Regularizer):
         return {name: value for part in self._parts for name, value in part.calibrate(model, closure).items()}
 
     def attach(self, model: Any, optimizer: Optimizer) -> None:
-        for part in self._parts:
-            part.attach(model, optimizer)
+        with ExitStack() as undone:
+            for part in self._parts:
+                part.attach(model, optimizer)
+                undone.callback(part.detach, optimizer)
+            undone.pop_all()
 
-    def detach(self) -> None:
+    def detach(self, optimizer: Optimizer | None = None) -> None:
         for part in self._parts:
-            part.detach()
+            part.detach(optimizer)
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "Sum", "parts": [part.settings() for part in self._parts]}

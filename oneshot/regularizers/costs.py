@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, final
 
 import torch
@@ -230,4 +231,6 @@ def _strengths(given: Mapping[str, float] | Sequence[float], targets: Mapping[st
 
 
 def _number(value: object) -> object:
-    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value.detach())
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value

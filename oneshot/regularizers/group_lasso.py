@@ -90,7 +90,12 @@ class GroupLasso(Regularizer):
         return [family for family, _ in self._in(model).groups]
 
     def calibrate(self, model: nn.Module, closure: Callable[[], Tensor]) -> dict[str, float]:
-        """Measure, keep and return ``lambda_max`` of each family; ``closure()`` is the loss without the penalty."""
+        """Measure, keep and return ``lambda_max`` of each family; nothing for a strength that is not relative.
+
+        ``closure()`` is the loss without the penalty.
+        """
+        if not self.relative:
+            return {}
         self._lambda_max = lambda_max(model, self.families(model), closure, self.size_factor)
         return dict(self._lambda_max)
 
@@ -115,8 +120,8 @@ class GroupLasso(Regularizer):
             step = ProximalStep("GroupLasso", self._in(model).parameters, lambda: self.families(model), act)
             self._followed.add(optimizer, step)
 
-    def detach(self) -> None:
-        self._followed.clear()
+    def detach(self, optimizer: Optimizer | None = None) -> None:
+        self._followed.clear(optimizer)
 
     @property
     def pulls(self) -> bool:

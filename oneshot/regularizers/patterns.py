@@ -10,14 +10,19 @@ from torch import nn
 
 from ..errors import ConfigurationError, InputTypeError
 from ..mutables import arch_parameters
+from ..pit.network import SearchedNetwork
 
 __all__ = ["as_patterns", "matching", "spellings", "weights_of"]
 
 
 def weights_of(model: object) -> dict[str, nn.Parameter]:
-    """``model.named_parameters()`` without alphas: a shared parameter once, under its first name."""
+    """``model.named_parameters()`` without alphas: a shared parameter once, under its first name.
+
+    Of a ``PIT`` or ``SuperNet`` those of the network in it, under the names that they have in the user's own.
+    """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model: {type(model).__name__}, a torch.nn.Module is needed")
+    model = model.network if isinstance(model, SearchedNetwork) else model
     alphas = {id(alpha) for alpha in arch_parameters(model)}
     found = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in alphas}
     for name, parameter in found.items():
@@ -28,6 +33,7 @@ def weights_of(model: object) -> dict[str, nn.Parameter]:
 
 def spellings(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Parameter name -> all that a pattern may call it: its names (a shared one has several) and its modules'."""
+    model = model.network if isinstance(model, SearchedNetwork) else model
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -23,9 +23,9 @@ _RAMPS: dict[str, Callable[[float], float]] = {
 class Schedule:
     """Acts in the epochs start, start + every, start + 2 every, ... before ``end``; in the others its factor is 0.
 
-    ``end``: None for the number of epochs. ``ramp``: the factor from the first epoch (t = 0) to the last one (t = 1) of
-    [start, end): 1, t, or (1 - cos(pi t)) / 2. Without an epoch the factor is 1. ConfigurationError for a schedule that
-    never acts.
+    ``end``: None for no end; a ramp is then over at the number of epochs. ``ramp``: the factor from the first epoch
+    (t = 0) to the last one (t = 1) of [start, end): 1, t, or (1 - cos(pi t)) / 2. Without an epoch the factor is 1.
+    ConfigurationError for a schedule that never acts.
 
     >>> [round(Schedule(start=2, end=6, ramp="linear").factor(epoch, 8), 3) for epoch in range(8)]
     [0.0, 0.0, 0.0, 0.333, 0.667, 1.0, 0.0, 0.0]
@@ -59,7 +59,8 @@ class Schedule:
         if epoch is None:
             return 1.0
         end = self.end if self.end is not None else n_epochs
-        if epoch < self.start or (end is not None and epoch >= end) or (epoch - self.start) % self.every:
+        is_over = self.end is not None and epoch >= self.end
+        if epoch < self.start or is_over or (epoch - self.start) % self.every:
             return 0.0
         if self.ramp == "constant":
             return 1.0

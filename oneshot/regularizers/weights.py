@@ -143,8 +143,8 @@ class L1(Regularizer):
         if self.method == "proximal":
             self._followed.add(optimizer, ProximalStep("L1", chosen, lambda: [of_elements("elements", chosen)], act))
 
-    def detach(self) -> None:
-        self._followed.clear()
+    def detach(self, optimizer: Optimizer | None = None) -> None:
+        self._followed.clear(optimizer)
 
     @property
     def pulls(self) -> bool:

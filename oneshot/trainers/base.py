@@ -40,7 +40,7 @@ from .run_log import RunLog
 from .searched import Priced, Searched
 from .setup import OptimizerLike, check_counts, library_version, own_fabric, own_optimizer
 from .signals import signal_handled
-from .targets import Targets
+from .targets import Pull, Targets
 
 __all__ = ["Trainer"]
 
@@ -130,6 +130,7 @@ class Trainer(ABC):
         self._scheduler_state: dict[str, Any] | None = None
         self._global_state: dict[str, Any] | None = None
         self._phase_of_step = "warmup"  # of the last one
+        self._progress_before = 0.0  # of the search, in an earlier part of this run
         self._holds_kept = False  # whether the model is, or has become, that of a chosen epoch
         self._is_running = False
         self._stop_signal: int | None = None
@@ -213,7 +214,7 @@ class Trainer(ABC):
         is written.
         """
         with self._as_kept(best, budget):
-            choices = self.searched.decide(budget)
+            choices = self.searched.decide(self._limits(budget))
             verified_fixed(self.model, choices, self._examples())
             if path is not None:
                 costs = {name: self.cost_model(name).of(choices) for name in ("params", *self.searched.names)}
@@ -235,7 +236,7 @@ class Trainer(ABC):
         ``SPOSTrainer`` has made them its own: ``recalibrate_(network, batches)`` before it is used as it is.
         """
         with self._as_kept(best, budget):
-            return verified_fixed(self.model, self.searched.decide(budget), self._examples())
+            return verified_fixed(self.model, self.searched.decide(self._limits(budget)), self._examples())
 
     def report(self, *, budget: Mapping[str, float] | None = None, best: bool = True) -> SearchReport:
         """The found network's costs: target, prediction and, for a latency of this machine, a measurement.
@@ -244,7 +245,7 @@ class Trainer(ABC):
         rebuilt network is timed on the CPU, by the runtime and with the threads that the latency was measured with.
         """
         with self._as_kept(best, budget):
-            choices = self.searched.decide(budget)
+            choices = self.searched.decide(self._limits(budget))
             plain = verified_fixed(self.model, choices, self._examples())
             targets = budget or self._cost_references()
             rows = []
@@ -281,6 +282,7 @@ class Trainer(ABC):
             "ended": dict(self._ended),
             "finetune_optimizer": self.finetune_optimizer.state_dict(),
             "targets": self.targets.state_dict(),
+            "progress": self._progress,
             "regularizers": [part.state_dict() for part in (*self._of_weights, *self._of_costs)],
             "own": self._own_state(),
         }
@@ -333,6 +335,7 @@ class Trainer(ABC):
         self._ended = dict(state["ended"])
         self._phase_of_step = self.history[-1]["phase"] if self.history else "warmup"
         self._holds_kept = self._phase_of_step == "finetune"
+        self._progress_before = state["progress"]
 
     @property
     def latency_table(self) -> LatencyTable | None:
@@ -373,9 +376,16 @@ class Trainer(ABC):
     def _after_run(self) -> None:
         """What is done when all phases are over."""
 
+    def _limits(self, budget: Mapping[str, float] | None) -> dict[str, float]:
+        """A budget with the targets of the run; none without a budget, as the targets are kept already."""
+        targets = self.targets.by_cost
+        return {} if not budget else {**targets, **{k: min(v, targets.get(k, v)) for k, v in budget.items()}}
+
     def _as_kept(self, best: bool, budget: Mapping[str, float] | None) -> AbstractContextManager[None]:
         """Inside, the model is as in the epoch that is kept, if ``best`` and one is; else within the targets."""
-        return self._within_targets() if best and not budget else nullcontext()
+        # A budget is met by choices alone, together with the targets, and of any that are the most probable.
+        is_decided = budget and not self.searched.has_masks
+        return self.targets.kept(1.0) if best and not is_decided else nullcontext()
 
     def _own_settings(self) -> dict[str, Any]:
         """What else must be the same when a run is taken up again."""
@@ -423,13 +433,15 @@ class Trainer(ABC):
         noted: dict[str, Tensor | float] = {}
         total = torch.zeros_like(loss.detach())
         moved = [weight for weight in self.weights if weight.grad is not None]
-        for part in self._of_weights:
+        for i, part in enumerate(self._of_weights):
             value = part(self._network, self.epoch, sum(self.phases.values()))
             total = total + value.detach()
-            noted.update({f"{name}_value": number for name, number in part.last.items()})
+            again = sum(type(other) is type(part) for other in self._of_weights[:i])
+            number = f"_{again + 1}" if again else ""
+            noted.update({f"{name}{number}_value": at for name, at in part.last.items()})
             if value.requires_grad:
                 gradients = torch.autograd.grad(value, moved, allow_unused=True)
-                noted[f"{type(part).__name__}_gradient_share"] = add_gradients(moved, gradients)
+                noted[f"{type(part).__name__}{number}_gradient_share"] = add_gradients(moved, gradients)
         return {**noted, "weight_penalty_share": total / (loss.detach() + total).clamp_min(1e-30)}
 
     def _step_weights(self) -> None:
@@ -449,8 +461,8 @@ class Trainer(ABC):
     @property
     def _progress(self) -> float:
         """The share of the search that is done."""
-        if self.split is None:  # the run has not begun
-            return 0.0
+        if self.split is None:  # the run has not begun, here
+            return self._progress_before
         done = self.search_step / max(self.phases["search"] * self.steps_per_epoch, 1)
         return min(max(done, 0.0), 1.0)
 
@@ -460,6 +472,17 @@ class Trainer(ABC):
             return {}
         epoch = max(self.epoch - self.warmup_epochs, 0)
         return cost_terms(self._of_costs, CostsOfStep(self.searched, costs), epoch, self.num_epochs)
+
+    def _add_targets(self, pull: Pull | None, learning: Sequence[nn.Parameter]) -> Tensor | None:
+        """Add what targets pull to the gradients of the task; their share, None without targets."""
+        if pull is None:
+            return None
+        norm = torch.stack([p.grad.abs().sum().double() for p in learning if p.grad is not None]).sum()
+        if self.fabric.world_size > 1:
+            mean = self.fabric.all_reduce(norm, reduce_op="mean")
+            assert isinstance(mean, Tensor)
+            norm = mean
+        return self.targets.add(pull, learning, float(norm))
 
     def _settle(self) -> None:
         """Before a step of the architecture."""
@@ -599,6 +622,7 @@ class Trainer(ABC):
         self._check_regularizers()
         self._check_run()
         self.fabric.to_device(self.model)
+        self._calibrate_regularizers()
         if self.checkpoint_dir is not None and self.fabric.is_global_zero:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.checkpoint_dir)
@@ -611,6 +635,9 @@ class Trainer(ABC):
             part.check(CostsOfStep(self.searched, {}))
         for part in self._of_weights:
             part.check(self._network)
+
+    def _calibrate_regularizers(self) -> None:
+        """Let strengths that are relative to the loss know it."""
         if self.step == 0 and self._of_weights:
             assert self.dataset is not None
             samples = Subset(self.dataset, range(min(self.batch_size, len(self.dataset))))  # type: ignore[arg-type]
@@ -763,6 +790,7 @@ class Trainer(ABC):
             for optimizer in {id(o): o for o in (self.optimizer, self.finetune_optimizer)}.values():
                 for part in self._of_weights:
                     part.attach(self._network, optimizer)
+                    stack.callback(part.detach, optimizer)
             if writes and self.checkpoint_dir is not None:
                 self._log = stack.enter_context(RunLog(self.checkpoint_dir, size=self._log_size, step=self.step))
             if self.checkpoint_dir is not None:
@@ -771,8 +799,6 @@ class Trainer(ABC):
             yield
 
     def _leave_run(self) -> None:
-        for part in self._of_weights:
-            part.detach()
         if self._is_running:
             self._global_state = global_state()
         self._scheduler_state = None if self.scheduler is None else self.scheduler.state_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any, final
 
 from ..errors import ConfigurationError
@@ -108,7 +109,7 @@ def check_targets(targets: Mapping[str, float] | None, known: Collection[str]) -
     for name, target in (targets or {}).items():
         if name not in known:
             raise ConfigurationError(f"targets: unknown costs {[name]}; the costs of this run are {list(known)}")
-        is_number = isinstance(target, int | float) and not isinstance(target, bool)
+        is_number = isinstance(target, Real) and not isinstance(target, bool)
         if not is_number or not math.isfinite(target) or target < 0:
             raise ConfigurationError(f"targets: {name} {target!r}; a finite number of at least 0 is needed")
     return {name: float(target) for name, target in (targets or {}).items()}

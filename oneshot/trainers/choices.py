@@ -16,7 +16,7 @@ from ..export import argmax_choices
 from ..graph import evaluated
 from ..mutables import Argmax, arch_parameters, decisions
 from ..mutables.base import SearchModel
-from ..pit.selection import choose_
+from ..pit.selection import choose_, fixed_options
 from .checks import check_export
 from .costs import CostSources
 from .meters import mean_entropy, soft_and_hard
@@ -142,4 +142,5 @@ class Choices(Searched):
 
     def check_targets(self, targets: Mapping[str, float]) -> None:
         uniform = {label: [0.0] * len(d.options) for label, d in self.decisions.items()}
-        best_under_budget(uniform, {name: self.cost_model(name) for name in targets}, targets)
+        costs = {name: self.cost_model(name) for name in targets}
+        best_under_budget(uniform, costs, targets, fixed=fixed_options(self.decisions))

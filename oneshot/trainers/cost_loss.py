@@ -72,6 +72,8 @@ class CostLoss:
 
     def __call__(self, task: Tensor, expected: Mapping[str, Tensor]) -> Tensor:
         """The loss of a step; ``expected``: cost -> E_j, 0-dim."""
+        if self.kind is None:
+            return task
         total = task
         for i, (name, cost) in enumerate(expected.items()):
             reference = self.references[name]
@@ -81,6 +83,12 @@ class CostLoss:
                 scale = self._of("alpha", name) if i == 0 else 1.0
                 total = mul_log(total, cost, reference, alpha=scale, beta=self._of("beta", name))
         return total
+
+    @property
+    def pulls(self) -> bool:
+        """Whether a cost changes anything: not with weights that are all 0."""
+        key = {"mul#log": "beta", "add#linear": "lambda"}.get(self.kind or "")
+        return key is not None and any(self._of(key, name) for name in self.units)
 
     def _of(self, key: str, name: str) -> float:
         value = self.params[key]

@@ -197,8 +197,10 @@ class DARTSTrainer(Trainer):
             raise ConfigurationError(f"normalize=True and ref_latency={references}: give one of them")
         if references is None and strength is None and self.costs.names:
             raise ConfigurationError("ref_latency=None: a finite number is needed, or normalize=True")
-        if (self.targets or self.regularizer) and params is None and references == DEFAULT_REFERENCE and not normalize:
-            kind = None  # it was not asked for
+        priced = params is not None or references != DEFAULT_REFERENCE or normalize
+        unasked = bool(self.targets or self.regularizer) and not priced
+        if unasked:
+            kind = None
         if strength is not None and (params is not None or references != DEFAULT_REFERENCE or not self.costs.names):
             raise ConfigurationError(
                 f"strength={strength}: with it, give cost or applied_hardware, and leave out grad_reg_loss_params and "
@@ -207,7 +209,7 @@ class DARTSTrainer(Trainer):
         self.normalize = normalize
         self.penalty = None if strength is None else Penalty(strength, normalize, self.costs.names)
         units = {name: self.costs.unit(name) for name in self.costs.names} if strength is None else {}
-        self.cost_loss = CostLoss(kind, params, None if normalize else references, units)
+        self.cost_loss = CostLoss(kind, params, None if normalize or unasked else references, units)
 
     # ---- the algorithm -----------------------------------------------------------------------------------------
 
@@ -253,7 +255,7 @@ class DARTSTrainer(Trainer):
         terms = self._terms_of(expected)
         total = torch.stack([self._with_costs(task[0], expected), *terms.values()]).sum()
         add_gradients(learning, of_task)
-        pulled = self.targets.add(pull, learning)
+        pulled = self._add_targets(pull, learning)
         share = add_gradients(learning, gradients_of(total, learning))
         self._average_gradients(learning)
         self.arch_optimizer.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -164,7 +164,11 @@ class Masks(Searched):
         return {name: found[name] for name in names}
 
     def keep_targets_(self, targets: Mapping[str, float], *, fills: bool) -> None:
-        self.network.keep_targets_(targets, fills=fills)
+        with ExitStack() as stack:
+            for alpha in self._alphas if not self.train_selection else ():
+                stack.callback(alpha.requires_grad_, alpha.requires_grad)
+                alpha.requires_grad_(False)  # it stays as it is
+            self.network.keep_targets_(targets, fills=fills)
 
     def lift_masks_(self, limits: Mapping[str, float]) -> None:
         self.network.lift_masks_(limits)

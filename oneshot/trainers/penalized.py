@@ -269,7 +269,7 @@ class PenalizedTrainer(Trainer):
             self.fabric.backward(task)
         if self.cost_loss is not None and of_task.grad is not None:
             _scale(learning, of_task.grad)
-        pulled = self.targets.add(pull, learning)
+        pulled = self._add_targets(pull, learning)
         share = add_gradients(learning, of_costs)
         add_gradients(learning, of_terms)
         found: dict[str, Tensor | float] = {name: task, "penalty": penalty, "cost_share": share}

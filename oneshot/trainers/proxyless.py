@@ -275,8 +275,8 @@ class ProxylessTrainer(Trainer):
         self._set(self.gates)
         self.arch_optimizer.zero_grad(set_to_none=True)
         # Without a cost the task alone would switch units off as well, and buy nothing with it.
-        pays = self.cost_loss.kind is not None or any(part.pulls for part in self._of_costs)
-        learning = self.searched.learning(pays or bool(self.targets))
+        pulls = self.cost_loss.pulls or self.targets.pulls or any(part.pulls for part in self._of_costs)
+        learning = self.searched.learning(pulls)
         learns = {id(p) for p in learning}
         still = [p for p in self.arch_parameters if id(p) not in learns]
         with frozen_weights([*self.weights, *still]), frozen_statistics(self.norms):
@@ -289,7 +289,7 @@ class ProxylessTrainer(Trainer):
             total = torch.stack([self.cost_loss(task, variables), *terms.values()]).sum()
             self._check_finite({"arch_loss": total, "task_loss": task, **_named(expected)})
             self.fabric.backward(total)
-        pulled = self.targets.add(self.targets.pull(expected, learning, self._progress), learning)
+        pulled = self._add_targets(self.targets.pull(expected, learning, self._progress), learning)
         slopes = {name: variable.grad for name, variable in variables.items()}
         share = add_gradients(learning, weighted_gradients(expected, slopes, learning))
         for parameter in self.searched.idle():
@@ -355,7 +355,10 @@ class ProxylessTrainer(Trainer):
             chosen = [path[decision.label] for path in paths]
             p = decision.alpha.detach().double().softmax(0)
             gradients.append(policy_gradient(p, chosen, reward - reward.mean()).to(decision.alpha))
-        self.targets.add(Pull(sum(prices.values()), gradients), [d.alpha for d in learning])
+        pull = Pull(sum(prices.values()), gradients)
+        share = self._add_targets(pull, [decision.alpha for decision in learning])
+        if share is not None:
+            self._note({"target_share": share})
 
     def _sampled_networks(self, batch: Any) -> tuple[list[dict[str, int]], list[dict[str, float]]]:
         """The options of each drawn network and what is measured of it on the batch, by all processes together."""

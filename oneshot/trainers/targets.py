@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..mutables import arch_parameters
+from ..mutables import arch_parameters, decisions
 from .budget import SETTLED, Budget, check_targets
 from .gradients import add_gradients, weighted_gradients
 from .searched import Searched
@@ -76,20 +76,24 @@ class Targets:
         gradients = weighted_gradients({name: costs[name] for name in slopes}, slopes, learning)
         return Pull(sum(prices.values()), gradients)
 
-    def add(self, pull: Pull | None, learning: Sequence[nn.Parameter]) -> Tensor | None:
-        """Add a pull to the gradients of the task, which are there, in proportion to their size; its share of both."""
-        if pull is None:
-            return None
-        self.budget.saw(sum(float(p.grad.abs().sum()) for p in learning if p.grad is not None))
+    def add(self, pull: Pull, learning: Sequence[nn.Parameter], task: float) -> Tensor:
+        """Add a pull to the gradients of the task, which are there, in proportion to their size; its share of both.
+
+        ``task``: the L1 norm of these, the same in all processes.
+        """
+        self.budget.saw(task)
         norm = sum(float(g.abs().sum()) for g in pull.gradients if g is not None)
         scale = pull.price * (self.budget.task_gradient or 1.0) / norm if norm else 0.0
         return add_gradients(learning, [None if g is None else g * scale for g in pull.gradients])
 
     def settle(self, optimizer: Optimizer, lrs: Sequence[float], progress: float) -> None:
         """Before a step: the learning rates of masks that keep the targets go from a fifth to 0."""
-        if self and self.searched.has_masks:
-            left = 1.0 if progress < SETTLED else _SLOWLY * (1.0 - progress) / (1.0 - SETTLED)
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        if not self.pulls or not self.searched.has_masks:
+            return
+        left = 1.0 if progress < SETTLED else _SLOWLY * (1.0 - progress) / (1.0 - SETTLED)
+        choices = {id(decision.alpha) for decision in decisions(self.searched.model).values()}
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            if not all(id(p) in choices for p in group["params"]):
                 group["lr"] = lr * left
 
     def after_step(self, progress: float, *, steps: float) -> None:
@@ -135,7 +139,8 @@ class Targets:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        return self.budget.state_dict()
+        return {**self.budget.state_dict(), "before": dict(self._before)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.budget.load_state_dict(state)
+        self._before = dict(state["before"])
