@@ -283,6 +283,7 @@ class Trainer(ABC):
             "finetune_optimizer": self.finetune_optimizer.state_dict(),
             "targets": self.targets.state_dict(),
             "progress": self._progress,
+            "holds_kept": self._holds_kept,
             "regularizers": [part.state_dict() for part in (*self._of_weights, *self._of_costs)],
             "own": self._own_state(),
         }
@@ -334,7 +335,7 @@ class Trainer(ABC):
         self._log_size = state["log_size"]
         self._ended = dict(state["ended"])
         self._phase_of_step = self.history[-1]["phase"] if self.history else "warmup"
-        self._holds_kept = self._phase_of_step == "finetune"
+        self._holds_kept = state["holds_kept"]
         self._progress_before = state["progress"]
 
     @property
