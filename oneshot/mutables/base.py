@@ -306,18 +306,22 @@ def after_step(model: Searchable) -> None:
 
 @torch.no_grad()
 def lead_(model: Searchable, options: Mapping[str, int]) -> None:
-    """Let these options have the largest alpha of their decisions, by as little as it takes.
+    """Let these options have the largest alpha of their decisions: each changes places with what has it, and ties end.
 
     >>> from oneshot import LayerChoice
     >>> choice = LayerChoice([nn.Identity(), nn.ReLU(), nn.Tanh()], label="act")
+    >>> with torch.no_grad():
+    ...     _ = choice.alpha.copy_(torch.tensor([0.5, 0.0, 0.25]))
     >>> lead_(nn.Sequential(choice), {"act": 2})
-    >>> [round(a, 3) for a in choice.alpha.tolist()]
-    [0.0, 0.0, 0.001]
+    >>> choice.alpha.tolist()
+    [0.25, 0.0, 0.5]
     """
     for label, decision in _of(model).items():
         alpha, option = decision.alpha, options[label]
-        if alpha.argmax() != option or bool((alpha == alpha.max()).sum() > 1):
-            most = alpha.max()
+        most, own = alpha.max().clone(), alpha[option].clone()
+        if own < most:
+            alpha[alpha.argmax()], alpha[option] = own, most
+        if int((alpha == most).sum()) > 1:
             alpha[option] = most + _LEAD * most.abs().clamp(min=1)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InfeasibleTargetError
@@ -57,14 +59,24 @@ class Projection:
 
         InfeasibleTargetError if the smallest masks are still above one.
         """
-        if fills:
-            self.lift()
         used = self._used()
         while bool((used > 1).any()):
             self._cut(used)
             used = self._used()
-        if fills and float(used.max()) < USED:
+        while fills and float(used.max()) < USED:
+            before = [mask.alpha.clone() for _, mask in self.masks.items()]
             self._fill()
+            filled = self._used()
+            if float(filled.max()) < USED:  # what is off does not fit: with more on, something else goes
+                self.lift()
+                while bool((self._used() > 1).any()):
+                    self._cut(self._used())
+                self._fill()
+            if float(self._used().max()) <= float(used.max()):
+                for (_, mask), alpha in zip(self.masks.items(), before, strict=True):
+                    mask.alpha.copy_(alpha)
+                return
+            used = self._used()
 
     @torch.no_grad()
     def lift(self) -> None:
@@ -198,51 +210,23 @@ class Projection:
         rows: list[tuple[int, float, float]] = []
         labels: list[str] = []
         for i, kernel in enumerate(self.masks.kernels, start=self.n_channels):
-            now = self._taps(kernel)
-            for label in (kernel.kernel_label, *([kernel.dilation_label] if kernel.dilated else [])):
-                mask = self.masks[label]
-                if not mask.alpha.requires_grad:
+            masks = [self.masks[label] for label in _labels(kernel)]
+            scores = [_prefix_sums(mask.alpha) for mask in masks]
+            first = [int((score > THRESHOLD).argmax()) for score in scores]  # what is there begins here
+            now = _taps(kernel, first)
+            for which, (label, mask, score) in enumerate(zip(_labels(kernel), masks, scores, strict=True)):
+                place = first[which] - 1 if on else first[which]
+                if not mask.alpha.requires_grad or not 0 <= place < len(score) - 1:
                     continue
-                before = mask.alpha.clone()
-                worth = self._step_kernel(mask, on=on)
-                size = abs(self._taps(kernel) - now)
-                mask.alpha.copy_(before)
+                after = [*first]
+                after[which] += -1 if on else 1
+                size = abs(_taps(kernel, after) - now)
                 if size:
-                    rows.append((i, worth, size))
+                    rows.append((i, float(score[place]) / (place + 1), size))
                     labels.append(label)
         axis = torch.tensor([row[0] for row in rows], dtype=torch.int64)
         numbers = torch.tensor([row[1:] for row in rows], dtype=torch.float64).reshape(-1, 2)
         return (axis, numbers[:, 0], numbers[:, 1]), labels
-
-    def _taps(self, kernel: KernelAxis) -> float:
-        """How many taps of a side are left."""
-        flags = self.masks[kernel.kernel_label].hard()
-        if kernel.dilated:
-            flags = flags * self.masks[kernel.dilation_label].hard()
-        counts = torch.bincount(next(iter(kernel.positions.values())), minlength=kernel.taps)
-        return float(flags.cpu() @ counts.to(flags))
-
-    def _step_kernel(self, mask: Mask, *, on: bool) -> float:
-        """Switch the next tap, or the next dilation, of one mask as little as possible; how much it is worth.
-
-        A tap is there if the sum of |beta| up to it, a power of 2 if that of |gamma| up to it is above the threshold.
-        """
-        size = mask.alpha.abs()
-        score = kernel_scores(size)
-        flags = score > THRESHOLD
-        first = len(size) - int(flags.sum())  # the oldest that is there
-        place = first - 1 if on else first
-        if not 0 <= place < len(size) - 1:
-            return 0.0
-        worth = float(score[place]) / (place + 1)
-        if on:
-            size[place] += _ON - score[place]
-        else:
-            size[: place + 1] *= _OFF / score[place]
-            if place + 1 < len(size) - 1:  # the next one stays, unless it had nothing of its own
-                size[place + 1] += (_ON - _OFF - size[place + 1]).clamp(min=0)
-        mask.alpha.copy_(size)
-        return worth
 
     def _switch(self, steps: _Steps, chosen: Tensor, *, on: bool) -> None:
         """Move the alphas of these steps over the threshold, as little as possible."""
@@ -263,4 +247,41 @@ class Projection:
             alpha.copy_(torch.where(of_axis, size.clamp(min=_ON) if on else size.clamp(max=_OFF), alpha))
         for label, is_chosen in zip(steps.labels, flags[n_channel_steps:].tolist(), strict=True):
             if is_chosen:
-                self._step_kernel(self.masks[label], on=on)
+                _step_kernel(self.masks[label], on=on)
+
+
+def _labels(kernel: KernelAxis) -> list[str]:
+    return [kernel.kernel_label, *([kernel.dilation_label] if kernel.dilated else [])]
+
+
+def _prefix_sums(alpha: Tensor) -> NDArray[np.float64]:
+    """|a_0| + ... + |a_i| for each i, with 1 for the last |a|: a tap, or a dilation, is there if it is above 0.5."""
+    size = alpha.detach().abs().cpu().double().numpy()
+    size[-1] = 1.0
+    found: NDArray[np.float64] = size.cumsum()
+    return found
+
+
+def _taps(kernel: KernelAxis, first: Sequence[int]) -> float:
+    """How many taps of a side are left, if taps begin with the first of these, and powers of 2 with the second."""
+    counts = np.bincount(next(iter(kernel.positions.values())).numpy(), minlength=kernel.taps)
+    there = np.arange(kernel.taps) >= first[0]
+    if kernel.dilated:
+        distance = np.arange(kernel.taps - 1, -1, -1)
+        there &= distance % 2 ** first[1] == 0
+    return float(counts[there].sum())
+
+
+def _step_kernel(mask: Mask, *, on: bool) -> None:
+    """Switch the next tap, or the next dilation, of one mask as little as possible."""
+    size = mask.alpha.abs()
+    score = kernel_scores(size)
+    first = int((score > THRESHOLD).to(torch.int64).argmax())
+    place = first - 1 if on else first
+    if on:
+        size[place] += _ON - score[place]
+    else:
+        size[: place + 1] *= _OFF / score[place]
+        if place + 1 < len(size) - 1:  # the next one stays, unless it had nothing of its own
+            size[place + 1] += (_ON - _OFF - size[place + 1]).clamp(min=0)
+    mask.alpha.copy_(size)

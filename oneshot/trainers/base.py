@@ -750,6 +750,8 @@ class Trainer(ABC):
             values[f"{name}_soft"], values[f"{name}_hard"] = soft, hard
         if self._log is not None:
             self._log.probabilities(self.step, self.searched.shares())
+        if phase == "search":
+            self.targets.after_epoch(self._progress)
         with self._within_targets():
             values.update(self.targets.values({name: values[f"{name}_hard"] for name in self.targets.by_cost}))
             if self.valid_dataset is not None:

@@ -33,7 +33,7 @@ class Targets:
 
     While the search runs, costs pull as ``Budget`` says. Masks keep the targets after every step from ``SETTLED`` of
     the search on, and move less and less, so that weights are trained in the network that is exported. Choices are
-    decided within them, exactly, whenever the network is looked at. ``progress``: the share of the search that is done.
+    decided within them, exactly, whenever the network is looked at, and go on from there after each of these epochs. ``progress``: the share of the search that is done.
     """
 
     def __init__(self, searched: Searched, targets: Mapping[str, float] | None) -> None:
@@ -106,6 +106,14 @@ class Targets:
             self._keep()
         elif self.budget.bound:
             self.searched.lift_masks_(self.budget.limits(progress))
+
+    def after_epoch(self, progress: float) -> None:
+        """After an epoch of the search: in its last part, go on with choices that are within the targets.
+
+        So that the weights of what will be exported are the ones that are trained most.
+        """
+        if self and not self.searched.has_masks and progress >= SETTLED:
+            self._keep()
 
     def forget_step(self) -> None:
         """A phase begins in which the architecture stays."""
