@@ -450,8 +450,7 @@ def test_choices_without_masks_are_the_best_of_all(fills: bool) -> None:
         assert every.index(found) in allowed
         assert scores[every.index(found)] == pytest.approx(max(scores.values()), abs=1e-8)
         for k, decision in network.choices.items():
-            others = [i for i in range(len(decision.alpha)) if i != found[k]]
-            assert torch.equal(before[k][others], decision.alpha.detach()[others])
+            assert torch.equal(before[k].sort().values, decision.alpha.detach().sort().values)  # two change places
             if int(before[k].argmax()) == found[k]:
                 assert torch.equal(before[k], decision.alpha)
 

@@ -38,7 +38,7 @@ from oneshot.trainers.supernet import SuperNetTrainer
 
 
 def test_multipliers_prices_and_slopes_by_hand() -> None:
-    budget = Budget({"params": 200.0, "macs": 50.0}, gradual=False)
+    budget = Budget({"params": 200.0, "macs": 50.0})
     hard = {"params": 300.0, "macs": 40.0}  # g = 0.5 and -0.2
     assert budget.violations(hard, 0.3) == pytest.approx({"params": 0.5, "macs": -0.2})
     assert budget.prices(hard, 0.3) == pytest.approx({"params": 0.5, "macs": 0.0})
@@ -55,20 +55,18 @@ def test_multipliers_prices_and_slopes_by_hand() -> None:
 
 def test_limits_come_down_in_the_first_half() -> None:
     """T (C0 / T)^(1 - 2 t): 400, 200 at a quarter, 100 from the half on."""
-    budget = Budget({"params": 100.0, "macs": 50.0}, gradual=True)
+    budget = Budget({"params": 100.0, "macs": 50.0})
     budget.begin({"params": 400.0, "macs": 20.0})
     budget.begin({"params": 9e9, "macs": 9e9})  # only the first time
     found = [budget.limits(t)["params"] for t in (0.0, 0.125, 0.25, 0.5, 0.9, 1.0)]
     assert found == pytest.approx([400, 400 / math.sqrt(2), 200, 100, 100, 100])
     assert [budget.limits(t)["macs"] for t in (0.0, 0.25, 1.0)] == [50, 50, 50]  # it is within its target
     assert budget.violations({"params": 300.0, "macs": 50.0}, 0.25) == pytest.approx({"params": 0.5, "macs": 0.0})
-    at_once = Budget({"params": 100.0}, gradual=False)
-    at_once.begin({"params": 400.0})
-    assert at_once.limits(0.0) == {"params": 100}
+    assert Budget({"params": 100.0}).limits(0.0) == {"params": 100}  # nothing has begun
 
 
 def test_multipliers_are_between_0_and_100() -> None:
-    budget = Budget({"c": 1.0}, gradual=False)
+    budget = Budget({"c": 1.0})
     for _ in range(50):
         budget.update({"c": 0.0}, 0.5, steps=10)
         assert budget.multipliers["c"] == 0
@@ -81,7 +79,7 @@ def test_multipliers_are_between_0_and_100() -> None:
 
 
 def test_a_target_of_nothing_is_violated_or_not() -> None:
-    budget = Budget({"c": 0.0}, gradual=True)
+    budget = Budget({"c": 0.0})
     budget.begin({"c": 5.0})
     assert budget.violations({"c": 5.0}, 0.0) == {"c": 1.0}
     assert budget.violations({"c": 0.0}, 0.0) == {"c": 0.0}
@@ -92,7 +90,7 @@ def test_a_target_of_nothing_is_violated_or_not() -> None:
 def test_the_price_is_the_slope_of_the_augmented_lagrangian(mu: float) -> None:
     """Of (1 / 2) (max(0, mu + g)^2 - mu^2) by g = C / T - 1, central differences."""
     target, step = 40.0, 1e-6
-    budget = Budget({"c": target}, gradual=False)
+    budget = Budget({"c": target})
     budget.multipliers["c"] = mu
 
     def lagrangian(g: float) -> float:
@@ -107,7 +105,7 @@ def test_the_price_is_the_slope_of_the_augmented_lagrangian(mu: float) -> None:
 
 
 def test_the_size_of_the_task_is_averaged() -> None:
-    budget = Budget({"c": 1.0}, gradual=False)
+    budget = Budget({"c": 1.0})
     budget.saw(math.nan)
     assert budget.task_gradient is None
     for size, wanted in ((4.0, 4.0), (14.0, 5.0), (math.inf, 5.0), (0.0, 4.5)):
@@ -116,7 +114,7 @@ def test_the_size_of_the_task_is_averaged() -> None:
 
 
 def test_state_of_a_budget() -> None:
-    one, other = (Budget({"c": 10.0, "d": 1.0}, gradual=True) for _ in range(2))
+    one, other = (Budget({"c": 10.0, "d": 1.0}) for _ in range(2))
     one.begin({"c": 40.0, "d": 1.0})
     one.update({"c": 50.0, "d": 0.5}, 0.1, steps=10)
     one.saw(3.0)

@@ -12,7 +12,7 @@ from ..errors import ConfigurationError
 __all__ = ["SETTLED", "Budget", "check_targets"]
 
 SETTLED = 0.6  # of a search: from then on masks keep their targets after every step
-_GRADUAL = 0.5  # of a search: so long the limits of masks come down to their targets
+_GRADUAL = 0.5  # of a search: so long the limits come down to the targets
 _RATE = 20.0  # of a multiplier in a whole search, for a cost at twice its limit
 _QUADRATIC = 1.0  # rho, of the augmented Lagrangian
 _MOST = 100.0  # a multiplier: a hundred times as hard as the task
@@ -32,17 +32,17 @@ class Budget:
     task and, P = sum_k p_k times as large in the L1 norm, that of sum_k p_k C_k / T_k: a price of 1 means that costs
     and task pull alike, whatever their scales are.
 
-    ``gradual``: the limit L_k comes down from the first cost C_k(0) to T_k, L_k = T_k (C_k(0) / T_k)^(1 - 2 t) in the
-    first half of the search, t in [0, 1]; else L_k = T_k. eta = 20 / steps of the search.
+    In the first half of the search, t in [0, 1], the limit L_k comes down from the cost C_k(0) that it ``begin``s with
+    to T_k, L_k = T_k (C_k(0) / T_k)^(1 - 2 t); then it is T_k. eta = 20 / steps of the search.
 
-    >>> budget = Budget({"params": 100.0}, gradual=False)
+    >>> budget = Budget({"params": 100.0})
     >>> budget.update({"params": 150.0}, 0.0, steps=40)  # g = 0.5, eta = 0.5
     >>> budget.multipliers, budget.prices({"params": 150.0}, 0.0)  # 0.25 + 1 * 0.5
     ({'params': 0.25}, {'params': 0.75})
     """
 
-    def __init__(self, targets: Mapping[str, float], *, gradual: bool) -> None:
-        self.targets, self.gradual = dict(targets), gradual
+    def __init__(self, targets: Mapping[str, float]) -> None:
+        self.targets = dict(targets)
         self.multipliers = dict.fromkeys(self.targets, 0.0)
         self.first: dict[str, float] = {}
         self.task_gradient: float | None = None
@@ -50,7 +50,7 @@ class Budget:
 
     def limits(self, progress: float) -> dict[str, float]:
         """L_k after this share of the search."""
-        left = max(0.0, 1.0 - progress / _GRADUAL) if self.gradual else 0.0
+        left = max(0.0, 1.0 - progress / _GRADUAL)
         found = {}
         for name, target in self.targets.items():
             ratio = self.first.get(name, target) / target if target > 0 else 1.0

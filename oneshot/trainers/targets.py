@@ -39,7 +39,7 @@ class Targets:
     def __init__(self, searched: Searched, targets: Mapping[str, float] | None) -> None:
         self.searched = searched
         self.by_cost = check_targets(targets, searched.names)
-        self.budget = Budget(self.by_cost, gradual=searched.has_masks)
+        self.budget = Budget(self.by_cost)
         self._reach: dict[str, tuple[float, float]] = {}
         self._before: dict[str, float] = {}  # hard costs after the last step, before the targets were kept
 
