@@ -33,7 +33,8 @@ class Targets:
 
     While the search runs, costs pull as ``Budget`` says. Masks keep the targets after every step from ``SETTLED`` of
     the search on, and move less and less, so that weights are trained in the network that is exported. Choices are
-    decided within them, exactly, whenever the network is looked at, and go on from there after each of these epochs. ``progress``: the share of the search that is done.
+    decided within them, exactly, whenever the network is looked at, and go on from there after each epoch of that part.
+    ``progress``: the share of the search that is done.
     """
 
     def __init__(self, searched: Searched, targets: Mapping[str, float] | None) -> None:
