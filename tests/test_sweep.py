@@ -379,7 +379,9 @@ WRONG_FACTORIES: list[tuple[Any, dict[str, Any], type[OneshotError], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "arguments", "error", "message"), WRONG_FACTORIES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "message"), WRONG_FACTORIES, ids=[message[:30] for *_, message in WRONG_FACTORIES]
+)
 def test_wrong_factories(
     tmp_path: Path, make: Any, arguments: dict[str, Any], error: type[OneshotError], message: str
 ) -> None:
