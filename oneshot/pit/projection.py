@@ -50,7 +50,7 @@ class Projection:
 
     def __init__(self, masks: MaskSet, costs: Costs) -> None:
         self.masks, self.costs = masks, costs
-        self.lowest = torch.tensor(masks.lowest(learning=True), dtype=torch.float64)
+        self.lowest = masks.lowest(learning=True)
         self.n_channels = len(masks.channels)
 
     @torch.no_grad()
@@ -59,18 +59,13 @@ class Projection:
 
         InfeasibleTargetError if the smallest masks are still above one.
         """
-        used = self._used()
-        while bool((used > 1).any()):
-            self._cut(used)
-            used = self._used()
+        used = self._cut_all()
         while fills and float(used.max()) < USED:
             before = [mask.alpha.clone() for _, mask in self.masks.items()]
             self._fill()
-            filled = self._used()
-            if float(filled.max()) < USED:  # what is off does not fit: with more on, something else goes
+            if float(self._used().max()) < USED:  # what is off does not fit: with more on, something else goes
                 self.lift()
-                while bool((self._used() > 1).any()):
-                    self._cut(self._used())
+                self._cut_all()
                 self._fill()
             if float(self._used().max()) <= float(used.max()):
                 for (_, mask), alpha in zip(self.masks.items(), before, strict=True):
@@ -117,6 +112,14 @@ class Projection:
         return found.cpu()
 
     # ---- cutting -----------------------------------------------------------------------------------------------------
+
+    def _cut_all(self) -> Tensor:
+        """Cut until no limit is exceeded; what is used then."""
+        used = self._used()
+        while bool((used > 1).any()):
+            self._cut(used)
+            used = self._used()
+        return used
 
     def _cut(self, used: Tensor) -> None:
         """Switch off about half of what is too much, and at least one step.
@@ -188,7 +191,7 @@ class Projection:
             theta, kept = mask.alpha.detach().abs().cpu(), int(mask.hard().detach().sum())
             # From the largest, of equal ones the last first: what is switched off last, and on first.
             ranked = len(theta) - 1 - torch.argsort(theta.flip(0), descending=True, stable=True)
-            units = ranked[kept:] if on else ranked[int(self.lowest[i]) : kept].flip(0)
+            units = ranked[kept:] if on else ranked[self.lowest[i] : kept].flip(0)
             if len(units) == 0:
                 continue
             place = torch.arange(len(units))

@@ -27,13 +27,14 @@ from ..loggers import Progress
 from ..mutables import Sampler, after_step, arch_parameters, decisions, draw, set_sampler, weight_parameters
 from ..pit.network import SearchedNetwork
 from ..regularizers import Regularizer
+from ..regularizers.base import Sum
 from .batches import even_batches, example_inputs
 from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
 from .checks import check_one_batch
 from .gradients import add_gradients
 from .meters import Meters
 from .modes import normalisations
-from .regularized import CostsOfStep, cost_terms, parts_of
+from .regularized import CostsOfStep, parts_of
 from .report import ReportRow, SearchReport
 from .rng import global_state, restore_global_state, seed_global_state, user_state_kept
 from .run_log import RunLog
@@ -472,7 +473,7 @@ class Trainer(ABC):
         if not self._of_costs:
             return {}
         epoch = max(self.epoch - self.warmup_epochs, 0)
-        return cost_terms(self._of_costs, CostsOfStep(self.searched, costs), epoch, self.num_epochs)
+        return Sum(self._of_costs).terms(CostsOfStep(self.searched, costs), epoch, self.num_epochs)
 
     def _add_targets(self, pull: Pull | None, learning: Sequence[nn.Parameter]) -> Tensor | None:
         """Add what targets pull to the gradients of the task; their share, None without targets."""

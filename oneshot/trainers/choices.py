@@ -16,6 +16,7 @@ from ..export import argmax_choices
 from ..graph import evaluated
 from ..mutables import Argmax, arch_parameters, decisions
 from ..mutables.base import SearchModel
+from ..mutables.samplers import first_argmax
 from ..pit.selection import choose_, fixed_options
 from .checks import check_export
 from .costs import CostSources
@@ -129,7 +130,7 @@ class Choices(Searched):
         return {name: cost_range(self.cost_model(name)) for name in names}
 
     def hard(self, names: Collection[str]) -> dict[str, float]:
-        now = argmax_choices(self.model)
+        now = {label: first_argmax(d.alpha.detach().tolist()) for label, d in self.decisions.items()}
         return {name: self.cost_model(name).of(now) for name in names}
 
     def keep_targets_(self, targets: Mapping[str, float], *, fills: bool) -> None:

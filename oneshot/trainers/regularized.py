@@ -1,4 +1,4 @@
-"""Regularizers in a trainer: what they see of a step, and what comes of them."""
+"""Regularizers in a trainer: what they see of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import ConfigurationError, InputTypeError
 from ..regularizers import Regularizer
 from .searched import Searched
 
-__all__ = ["CostsOfStep", "cost_terms", "parts_of"]
+__all__ = ["CostsOfStep", "parts_of"]
 
 
 @final
@@ -51,15 +51,3 @@ def parts_of(regularizer: Regularizer | None) -> tuple[list[Regularizer], list[R
         )
     parts = regularizer.parts
     return [p for p in parts if p.of == "costs"], [p for p in parts if p.of == "weights"]
-
-
-def cost_terms(
-    parts: list[Regularizer], seen: CostsOfStep, epoch: int | None = None, n_epochs: int | None = None
-) -> dict[str, Tensor]:
-    """Name -> term of the loss, of several regularizers of costs."""
-    if not parts:
-        return {}
-    together = parts[0]
-    for part in parts[1:]:
-        together = together + part
-    return together.terms(seen, epoch, n_epochs)

@@ -41,6 +41,7 @@ class Targets:
         self.searched = searched
         self.by_cost = check_targets(targets, searched.names)
         self.budget = Budget(self.by_cost)
+        self._choices = {id(decision.alpha) for decision in decisions(searched.model).values()}
         self._reach: dict[str, tuple[float, float]] = {}
         self._before: dict[str, float] = {}  # hard costs after the last step, before the targets were kept
 
@@ -92,9 +93,8 @@ class Targets:
         if not self.pulls or not self.searched.has_masks:
             return
         left = 1.0 if progress < SETTLED else _SLOWLY * (1.0 - progress) / (1.0 - SETTLED)
-        choices = {id(decision.alpha) for decision in decisions(self.searched.model).values()}
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-            if not all(id(p) in choices for p in group["params"]):
+            if not all(id(p) in self._choices for p in group["params"]):
                 group["lr"] = lr * left
 
     def after_step(self, progress: float, *, steps: float) -> None:
