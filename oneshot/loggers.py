@@ -6,7 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from .errors import ConfigurationError
 
 __all__ = ["JsonLines", "Progress", "TensorBoard", "markdown_table", "read_json_lines"]
+
+_SECONDS_BETWEEN_VALUES = 0.5
 
 
 class JsonLines:
@@ -238,6 +241,7 @@ class Progress:
 
     def __init__(self, total: int, description: str, initial: int = 0, enabled: bool | None = None) -> None:
         self._silent = enabled is False
+        self._due = 0.0
         self._bar = tqdm(
             total=total,
             desc=description,
@@ -246,14 +250,21 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def update(self, values: Mapping[str, float | str]) -> None:
+    def update(self, values: Mapping[str, float | str] | Callable[[], Mapping[str, float | str]]) -> None:
         """One step is done. Numbers are shown with three digits, strings as they are.
+
+        A function from nothing to the values is called a few times a second, and never if nobody sees the line.
 
         ``{"loss": 0.41234, "acc": 0.97, "latency": "3.21/2.50 ms"}`` is shown as
         ``loss 0.412 acc 0.97 latency 3.21/2.50 ms``.
         """
-        shown = (f"{name} {_compact(value, 3)}" for name, value in values.items())
-        self._bar.set_postfix_str(" ".join(shown), refresh=False)
+        now = time.monotonic()
+        if callable(values):
+            values = values() if self.shown and now >= self._due else {}
+        if values:
+            self._due = now + _SECONDS_BETWEEN_VALUES
+            shown = (f"{name} {_compact(value, 3)}" for name, value in values.items())
+            self._bar.set_postfix_str(" ".join(shown), refresh=False)
         self._bar.update()
 
     @property

@@ -194,7 +194,19 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"workers": -1}, ConfigurationError, "workers=-1"),
     ({"log_frequency": 0}, ConfigurationError, "log_frequency=0"),
     ({"precision": "8"}, ConfigurationError, "precision='8'"),
-    ({"precision": "16-mixed"}, ConfigurationError, "precision='16-mixed'"),  # needs loss scaling, which is not there
+    ({"precision": "64-true"}, ConfigurationError, "precision='64-true'"),
+    ({"strategy": "fsdp"}, ConfigurationError, "strategy='fsdp'.*one path.*checkpoint_blocks"),
+    ({"strategy": "ddp_spawn"}, ConfigurationError, "strategy='ddp_spawn'.*lose"),
+    ({"accelerator": "abacus"}, ConfigurationError, "accelerator='abacus'"),
+    ({"accelerator": "cuda"}, ConfigurationError, "device='cpu' and accelerator='cuda'"),
+    ({"devices": 0}, ConfigurationError, "devices=0"),
+    ({"accumulate": 0}, ConfigurationError, "accumulate=0"),
+    ({"accumulate": 33}, ConfigurationError, "accumulate=33: more parts than the 32 samples"),
+    ({"grad_clip": -1.0}, ConfigurationError, "grad_clip=-1.0"),
+    ({"grad_clip": {"masks": 1.0}}, ConfigurationError, "weights.*arch"),
+    ({"ema_decay": 1.0}, ConfigurationError, "decay=1.0"),
+    ({"checkpoint_blocks": ["onne"]}, ConfigurationError, "onne.*one"),
+    ({"compile": True, "checkpoint_blocks": ["one"]}, ConfigurationError, "give one of them"),
     ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)}, ConfigurationError, "none of its param"),
 ]
 WRONG_AT_TRAIN: list[tuple[dict[str, Any], type[Exception], str]] = [

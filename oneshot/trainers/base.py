@@ -28,25 +28,43 @@ from ..mutables import Sampler, after_step, arch_parameters, decisions, draw, se
 from ..pit.network import SearchedNetwork
 from ..regularizers import Regularizer
 from ..regularizers.base import Sum
+from .arguments import SchedulerFactory
+from .averaging import WeightAverage
 from .batches import even_batches, example_inputs
 from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
 from .checks import check_one_batch
+from .clipping import GradientClip
+from .compilation import compiled
+from .finiteness import Finiteness
 from .gradients import add_gradients
+from .loss_scale import LossScale
 from .meters import Meters
-from .modes import normalisations
+from .modes import frozen_statistics, normalisations
+from .moving import moved, parts_of_batch
+from .processes import Processes
+from .recompute import blocks_of, recomputed
 from .regularized import CostsOfStep, parts_of
 from .report import ReportRow, SearchReport
-from .rng import global_state, restore_global_state, seed_global_state, user_state_kept
+from .rng import seed_global_state, user_state_kept
 from .run_log import RunLog
 from .searched import Priced, Searched
-from .setup import OptimizerLike, check_counts, library_version, own_fabric, own_optimizer
+from .setup import (
+    Devices,
+    OptimizerLike,
+    check_counts,
+    library_version,
+    own_fabric,
+    own_optimizer,
+    to_device_of_weights,
+)
 from .signals import signal_handled
 from .targets import Pull, Targets
 
 __all__ = ["Trainer"]
 
 _T = TypeVar("_T")
-SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+_AGREE_EVERY = 8
+"""Steps between two questions to the other processes whether one of them was told to stop."""
 
 
 class Trainer(ABC):
@@ -65,33 +83,50 @@ class Trainer(ABC):
         optimizer: OptimizerLike,
         arch_optimizer: Callable[[list[nn.Parameter]], Optimizer],
         num_epochs: int,
-        dataset: Dataset[Any] | None,
-        arch_dataset: Dataset[Any] | None,
-        valid_dataset: Dataset[Any] | None,
         arch_fraction: float | None,
-        warmup_epochs: int,
-        batch_size: int,
-        workers: int,
-        device: torch.device | str | None,
-        log_frequency: int | None,
-        scheduler: SchedulerFactory | None,
-        warmup_scheduler: SchedulerFactory | None,
-        seed: int,
-        precision: str,
-        devices: int,
-        strategy: str,
-        checkpoint_dir: str | os.PathLike[str] | None,
-        checkpoint_every: int | None,
-        progress: bool | None,
+        dataset: Dataset[Any] | None = None,
+        arch_dataset: Dataset[Any] | None = None,
+        valid_dataset: Dataset[Any] | None = None,
+        warmup_epochs: int = 0,
+        batch_size: int = 64,
+        workers: int = 4,
+        log_frequency: int | None = None,
+        scheduler: SchedulerFactory | None = None,
+        warmup_scheduler: SchedulerFactory | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        accelerator: str | None = None,
+        devices: Devices = None,
+        num_nodes: int | None = None,
+        strategy: str = "auto",
+        precision: str = "32-true",
+        compile: bool | str | Mapping[str, Any] = False,  # noqa: A002  the word of PyTorch
+        checkpoint_blocks: Sequence[str] = (),
+        accumulate: int = 1,
+        grad_clip: float | Mapping[str, float] | None = None,
+        ema_decay: float | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        progress: bool | None = None,
         finetune_epochs: int = 0,
         finetune_optimizer: OptimizerLike | None = None,
         finetune_scheduler: SchedulerFactory | None = None,
         targets: Mapping[str, float] | None = None,
         regularizer: Regularizer | None = None,
     ) -> None:
-        check_counts(num_epochs, warmup_epochs, batch_size, workers, log_frequency, checkpoint_every, finetune_epochs)
+        check_counts(num_epochs=num_epochs, warmup_epochs=warmup_epochs, batch_size=batch_size, workers=workers)
+        check_counts(log_frequency=log_frequency, checkpoint_every=checkpoint_every, finetune_epochs=finetune_epochs)
+        check_counts(accumulate=accumulate)
+        if accumulate > batch_size:
+            raise ConfigurationError(f"accumulate={accumulate}: more parts than the {batch_size} samples of a batch")
+        if compile and checkpoint_blocks:
+            raise ConfigurationError(
+                f"compile={compile!r}, checkpoint_blocks={list(checkpoint_blocks)}: the compiler decides itself what "
+                "is computed again in the backward pass; give one of them"
+            )
         self.searched, self.costs = searched, searched.costs
         self.model = model = searched.model
+        blocks_of(model, checkpoint_blocks)
         self.decisions = decisions(model)
         self.targets = Targets(searched, targets)
         if not searched.costs.measures:
@@ -108,15 +143,26 @@ class Trainer(ABC):
         self.log_frequency, self.seed = log_frequency, seed
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_every, self.progress = checkpoint_every, progress
-        self.fabric = own_fabric(device, devices, strategy, precision)
+        self.fabric, scaler = own_fabric(
+            device=device,
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=precision,
+        )
+        self.processes, self.scale = Processes(self.fabric), LossScale(scaler)
+        self.compile, self.checkpoint_blocks, self.accumulate = compile, tuple(checkpoint_blocks), accumulate
+        self.clip = GradientClip(grad_clip)
         self.weights, self.norms = weight_parameters(model), normalisations(model)
         self.optimizer = own_optimizer(optimizer, self.weights)
         self.arch_optimizer = arch_optimizer(arch_parameters(model))
         self.finetune_optimizer = self.optimizer
         if finetune_epochs:
             self.finetune_optimizer = own_optimizer(finetune_optimizer or optimizer, self.weights)
-        optimizers = (self.optimizer, self.finetune_optimizer, self.arch_optimizer)
-        self._first_lrs = {id(o): [g["lr"] for g in o.param_groups] for o in optimizers}
+        self._optimizers = (self.optimizer, self.finetune_optimizer, self.arch_optimizer)
+        self._first_lrs = {id(o): [g["lr"] for g in o.param_groups] for o in self._optimizers}
+        self.average = None if ema_decay is None else WeightAverage(model, self.weights, ema_decay)
         self._factories = {"warmup": warmup_scheduler, "search": scheduler, "finetune": finetune_scheduler}
         self.scheduler: LRScheduler | None = None
         self.generator = torch.Generator().manual_seed(mix_seed(seed, 0))
@@ -125,16 +171,16 @@ class Trainer(ABC):
         self.history: list[dict[str, Any]] = []
         self.split: Split | None = None
         self._meters = Meters()
+        self._finite = Finiteness(self._diverged)
         self._argmax = argmax_choices(model)
         self._ended: dict[str, int] = {}  # phases that are over, with the epochs they had
         self._latest: dict[str, Tensor | float] = {}
         self._scheduler_state: dict[str, Any] | None = None
-        self._global_state: dict[str, Any] | None = None
         self._phase_of_step = "warmup"  # of the last one
         self._progress_before = 0.0  # of the search, in an earlier part of this run
         self._holds_kept = False  # whether the model is, or has become, that of a chosen epoch
-        self._is_running = False
-        self._stop_signal: int | None = None
+        self._of_processes: list[dict[str, Any]] | None = None  # of a checkpoint, until it is known which one we are
+        self._stop_signal = 0
         self._log: RunLog | None = None
         self._log_size = 0
         self._arch_iterator: Iterator[Any] = iter(())
@@ -183,7 +229,7 @@ class Trainer(ABC):
         In eval mode, and nothing of the model moves. BatchNorm uses the running statistics under masks; along the
         argmax path of choices those of each batch, because the running ones of a supernet mix all its paths; after a
         fine-tuning of that path alone the running ones again. Samples are mixed, always alike: a batch of one class
-        would have other statistics.
+        would have other statistics. Several processes share the batches, and all of them have to call it.
         """
         dataset = self.valid_dataset if dataset is None else dataset
         if dataset is None:
@@ -191,14 +237,15 @@ class Trainer(ABC):
         meters = Meters()
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
         dataset = Subset(dataset, order.tolist()) if self.decisions else dataset
-        with self._within_targets(), self.searched.as_found(settled=self._phase_of_step == "finetune"):
-            for inputs, target in even_batches(dataset, self.batch_size):
+        with self._averaged(), self._within_targets(), self.searched.as_found(settled=self._is_settled):
+            mine = even_batches(dataset, self.batch_size, self.fabric.global_rank, self.processes.count)
+            for inputs, target in mine:
                 inputs, target = self._to_device(inputs), self._to_device(target)
                 with self.fabric.autocast():
                     output = self.model(inputs)
                     loss = self.loss(output, target)
                 meters.add({"loss": loss, **self._measured(output, target)}, weight=len(target))
-        return meters.averages()
+        return self.processes.averages(meters)
 
     def export(
         self,
@@ -214,10 +261,10 @@ class Trainer(ABC):
         network is rebuilt and compared with the searched one first; if they differ, ExportError says where and nothing
         is written.
         """
-        with self._as_kept(best, budget):
+        with self._as_kept(best, budget), self._averaged():
             choices = self.searched.decide(self._limits(budget))
             verified_fixed(self.model, choices, self._examples())
-            if path is not None:
+            if path is not None and self.processes.is_first:
                 costs = {name: self.cost_model(name).of(choices) for name in ("params", *self.searched.names)}
                 created_by = {
                     "library": f"oneshot-nas {library_version()}",
@@ -228,6 +275,7 @@ class Trainer(ABC):
                     **self.costs.facts(),
                 }
                 write_arch(path, self.model, choices, costs=costs, created_by=created_by)
+            self.processes.wait()  # for the file, which is there for all of them from now on
             return arch_of(self.model, choices)
 
     def export_model(self, *, budget: Mapping[str, float] | None = None, best: bool = True) -> nn.Module:
@@ -236,7 +284,7 @@ class Trainer(ABC):
         Its BatchNorm statistics are the searched one's too, which mix all paths of choices unless a fine-tuning or
         ``SPOSTrainer`` has made them its own: ``recalibrate_(network, batches)`` before it is used as it is.
         """
-        with self._as_kept(best, budget):
+        with self._as_kept(best, budget), self._averaged():
             return verified_fixed(self.model, self.searched.decide(self._limits(budget)), self._examples())
 
     def report(self, *, budget: Mapping[str, float] | None = None, best: bool = True) -> SearchReport:
@@ -245,7 +293,7 @@ class Trainer(ABC):
         ``budget`` as in ``export``; without one, targets are what the costs were compared with in the search. The
         rebuilt network is timed on the CPU, by the runtime and with the threads that the latency was measured with.
         """
-        with self._as_kept(best, budget):
+        with self._as_kept(best, budget), self._averaged():
             choices = self.searched.decide(self._limits(budget))
             plain = verified_fixed(self.model, choices, self._examples())
             targets = budget or self._cost_references()
@@ -260,7 +308,14 @@ class Trainer(ABC):
             return SearchReport(arch_of(self.model, choices), tuple(rows), self.costs.notes())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything that ``resume`` needs into one file, atomically."""
+        """Write everything that ``resume`` needs into one file, atomically. Of several processes, all have to call it.
+
+        TrainingDivergedError, and nothing is written, after a step whose loss was no number.
+        """
+        self._finite.look()
+        of_processes = self.processes.gathered({"meters": self._meters.state_dict()})
+        if not self.processes.is_first:
+            return
         if self._log is not None:
             self._log.sync()
         state = {
@@ -274,8 +329,7 @@ class Trainer(ABC):
             "arch_optimizer": self.arch_optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
-            "global": global_state() if self._is_running else self._global_state,
-            "meters": self._meters.state_dict(),
+            "processes": of_processes,
             "history": self.history,
             "argmax": self._argmax,
             "log_size": self._log_size if self._log is None else self._log.size,
@@ -286,6 +340,8 @@ class Trainer(ABC):
             "progress": self._progress,
             "holds_kept": self._holds_kept,
             "regularizers": [part.state_dict() for part in (*self._of_weights, *self._of_costs)],
+            "average": None if self.average is None else self.average.state_dict(),
+            "scaler": self.scale.state_dict(),
             "own": self._own_state(),
         }
         write_checkpoint(Path(path), state)
@@ -327,12 +383,15 @@ class Trainer(ABC):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self._meters.load_state_dict(state["meters"])
+        self._of_processes = state["processes"]
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.scale.load_state_dict(state["scaler"])
         self.step, self.arch_batches = state["step"], state["arch_batches"]
         self.history, self._argmax = list(state["history"]), dict(state["argmax"])
         if state["latency_table"] is not None and self.costs.measures:
             self.searched.take_table(LatencyTable(**state["latency_table"]))
-        self._scheduler_state, self._global_state = state["scheduler"], state["global"]
+        self._scheduler_state = state["scheduler"]
         self._log_size = state["log_size"]
         self._ended = dict(state["ended"])
         self._phase_of_step = self.history[-1]["phase"] if self.history else "warmup"
@@ -350,7 +409,7 @@ class Trainer(ABC):
 
     def _measured_once(self, runtime: str) -> LatencyTable:
         (example,) = self.searched.example()
-        return self._on_first_process(lambda: measure_table(self.model, example, runtime=runtime))
+        return self.processes.from_first(lambda: measure_table(self.model, example, runtime=runtime))
 
     # ---- what a concrete trainer says --------------------------------------------------------------------------
 
@@ -416,17 +475,70 @@ class Trainer(ABC):
             output = self.model(inputs)
             return loss(output, target), output, target
 
+    def _backward(
+        self,
+        name: str,
+        batch: Any,
+        loss: Callable[[Any, Any], Tensor],
+        *,
+        again: bool = False,
+        before_last: Callable[[Tensor], None] | None = None,
+        evaluates_others: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Add the gradients of the mean loss of a batch, part by part; the loss, and what is measured of the batch.
+
+        ``before_last``: called with the loss when all of the forward passes are done, and not all graphs are gone.
+        ``evaluates_others``: candidates may run in the backward pass, for the gradient of their gate alone.
+        """
+        total: Tensor | None = None
+        measured: dict[str, Tensor | float] = {}
+        parts = parts_of_batch(batch, self.accumulate)
+        for i, (share, part) in enumerate(parts, start=1):
+            of_part, output, target = self._forward(part, loss, again=again)
+            of_part = of_part if share == 1.0 else of_part * share
+            total = of_part.detach() if total is None else total + of_part.detach()
+            found = self._measured(output, target)
+            for key, value in found.items() if share == 1.0 else ():
+                measured[key] = value
+            for key, value in found.items() if share != 1.0 else ():
+                measured[key] = value * share + measured.get(key, 0.0)
+            if i == len(parts) and before_last is not None:
+                before_last(total)
+            del output
+            with frozen_statistics(self.norms) if evaluates_others else nullcontext():
+                self.fabric.backward(of_part)
+        assert total is not None
+        self._finite.add(self.step, {name: total})
+        return total, measured
+
+    def _ready(self, optimizers: Sequence[Optimizer], *, moves_statistics: bool) -> bool:
+        """Make the gradients those of all processes, in full scale; False if they overflow and the step is left out.
+
+        ``moves_statistics``: with them, the running statistics: every process has seen other samples.
+        """
+        if self.processes.count > 1:
+            # Every process draws the same paths, so the same parameters have gradients everywhere.
+            groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+            gradients = [p.grad for group in groups for p in group if p.grad is not None]
+            self.processes.mean_([*gradients, *(self._statistics() if moves_statistics else ())])
+        is_ready = self.scale.unscale_(optimizers)
+        if not is_ready:
+            self._note({"overflows": 1.0})
+        return is_ready
+
+    def _statistics(self) -> list[Tensor]:
+        return [buffer for norm in self.norms for buffer in norm.buffers() if buffer.is_floating_point()]
+
     def _update_weights(self, batch: Any, sampler: Sampler | None = None) -> None:
         """One step of the weights on the paths of ``sampler``, if given; what did not run is not touched."""
         if sampler is not None:
             self._set(sampler)
         self._weight_optimizer.zero_grad(set_to_none=True)
-        loss, output, target = self._forward(batch, self.loss)
-        self._check_finite({"loss": loss})
-        self.fabric.backward(loss)
-        noted = self._regularize_weights(loss)
-        self._step_weights()
-        self._note({"loss": loss, **noted, **self._measured(output, target)})
+        loss, measured = self._backward("loss", batch, self.loss)
+        if self._ready([self._weight_optimizer], moves_statistics=True):
+            noted = self._regularize_weights(loss)
+            self._step_weights()
+            self._note({"loss": loss, **noted, **measured})
 
     def _regularize_weights(self, loss: Tensor) -> dict[str, Tensor | float]:
         """Add the gradients of the weights' regularizers to those there are; what to note of these."""
@@ -448,10 +560,16 @@ class Trainer(ABC):
 
     def _step_weights(self) -> None:
         """Move the weights by the gradients that they have."""
-        self._average_gradients(self.weights)
+        self.clip(self._weight_optimizer, "weights")
         self._weight_optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
+        if self.average is not None:
+            self.average.update()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights are their moving averages, if these are kept."""
+        return nullcontext() if self.average is None else self.average.swapped()
 
     def _next_arch_batch(self) -> Any:
         self.arch_batches += 1
@@ -480,11 +598,12 @@ class Trainer(ABC):
         if pull is None:
             return None
         norm = torch.stack([p.grad.abs().sum().double() for p in learning if p.grad is not None]).sum()
-        if self.fabric.world_size > 1:
-            mean = self.fabric.all_reduce(norm, reduce_op="mean")
-            assert isinstance(mean, Tensor)
-            norm = mean
         return self.targets.add(pull, learning, float(norm))
+
+    def _move_architecture(self) -> None:
+        """Move alphas and masks by the gradients that they have, to the same place in all processes."""
+        self.clip(self.arch_optimizer, "arch")
+        self.arch_optimizer.step()
 
     def _settle(self) -> None:
         """Before a step of the architecture."""
@@ -495,6 +614,8 @@ class Trainer(ABC):
         if self.targets:
             steps = self.phases["search"] * self.steps_per_epoch / every
             self.targets.after_step(self._progress, steps=max(steps, 1))
+        # Their gradients are the same, but a GPU may add up a cost in another order.
+        self.processes.share([p for group in self.arch_optimizer.param_groups for p in group["params"]])
 
     def _within_targets(self) -> AbstractContextManager[None]:
         """Inside, the architecture keeps the targets; one that was chosen before the fine-tuning stays as it is."""
@@ -511,31 +632,13 @@ class Trainer(ABC):
             found = self.metrics(output.detach() if isinstance(output, Tensor) else output, target)
         return dict(found) if isinstance(found, Mapping) else {"metric": found}
 
-    def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        # Every process draws the same paths, so the same parameters have gradients everywhere.
-        if self.fabric.world_size > 1:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            flat = self.fabric.all_reduce(torch.cat([g.flatten() for g in gradients]), reduce_op="mean")
-            assert isinstance(flat, Tensor)
-            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(mean.view_as(gradient))
-
-    def _average_statistics(self) -> None:
-        # Every process has seen other samples, and all of them have to judge one network.
-        if self.fabric.world_size > 1:
-            for tensor in (buffer for norm in self.norms for buffer in norm.buffers() if buffer.is_floating_point()):
-                mean = self.fabric.all_reduce(tensor, reduce_op="mean")
-                assert isinstance(mean, Tensor)
-                tensor.copy_(mean)
-
-    def _check_finite(self, terms: Mapping[str, Tensor]) -> None:
-        if all(bool(torch.isfinite(value)) for value in terms.values()):
-            return
+    def _diverged(self, step: int, values: Mapping[str, float]) -> None:
+        """Called for a step with a loss that is no number."""
         last = None if self.checkpoint_dir is None else self.checkpoint_dir / LAST
         where = f"resume({str(last)!r})" if last is not None and last.exists() else "none was written"
-        values = ", ".join(f"{name} = {float(value.detach())}" for name, value in terms.items())
+        text = ", ".join(f"{name} = {value}" for name, value in values.items())
         raise TrainingDivergedError(
-            f"step {self.step} ({self.phase}, epoch {self.epoch}): {values}. Last good checkpoint: {where}. "
+            f"step {step} ({self.phase}, epoch {self.epoch}): {text}. Last good checkpoint: {where}. "
             "Lower the learning rate, or look at the data of this step"
         )
 
@@ -546,7 +649,7 @@ class Trainer(ABC):
         """Weight batches of an epoch; known once the data are split."""
         if self.split is None:
             raise ConfigurationError("the number of steps is known once train() has split the data")
-        return len(self.split.weight) // (self.batch_size * self.fabric.world_size)
+        return len(self.split.weight) // (self.batch_size * self.processes.count)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -581,11 +684,14 @@ class Trainer(ABC):
     def _run(self, last_step: Callable[[], int]) -> None:
         """Train up to that step; the end of the run is what comes after the last one."""
         with user_state_kept(), ExitStack() as stack:
+            seed_global_state(self.seed)
             weight_batches, arch_batches = self._prepare()
             stack.enter_context(self._running())
-            batches = stack.enter_context(closing(weight_batches.iterate(self.step)))
+            loaded = stack.enter_context(closing(weight_batches.iterate(self.step)))
+            batches = moved(loaded, self.fabric)
             if arch_batches is not None:
-                self._arch_iterator = stack.enter_context(closing(arch_batches.iterate(self.arch_batches)))
+                loaded = stack.enter_context(closing(arch_batches.iterate(self.arch_batches)))
+                self._arch_iterator = moved(loaded, self.fabric)
             self._enter_run()
             while self.step < last_step():
                 self._epoch(batches)
@@ -601,8 +707,11 @@ class Trainer(ABC):
                 "train(): dataset=None; give the training set as dataset=, it is split into a part for the weights "
                 "and a part for the architecture"
             )
-        self.fabric.launch()
-        self._same_start_everywhere()
+        self.processes.launch()
+        if self._of_processes is not None:
+            self._meters.load_state_dict(self._of_processes[self.fabric.global_rank]["meters"])
+            self._of_processes = None
+        self.processes.share(list(self.model.state_dict().values()))
         n, n_arch = len(dataset), len(arch_dataset)  # type: ignore[arg-type]
         if n != n_arch:
             raise ConfigurationError(
@@ -613,7 +722,7 @@ class Trainer(ABC):
             "batch_size": self.batch_size,
             "workers": self.workers,
             "rank": self.fabric.global_rank,
-            "world_size": self.fabric.world_size,
+            "world_size": self.processes.count,
         }
         weight_batches = BatchStream(dataset, self.split.weight, seed=mix_seed(self.seed, 5), **common)
         arch_batches = None
@@ -624,8 +733,10 @@ class Trainer(ABC):
         self._check_regularizers()
         self._check_run()
         self.fabric.to_device(self.model)
+        for optimizer in self._optimizers:
+            to_device_of_weights(optimizer)
         self._calibrate_regularizers()
-        if self.checkpoint_dir is not None and self.fabric.is_global_zero:
+        if self.checkpoint_dir is not None and self.processes.is_first:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.checkpoint_dir)
         return weight_batches, arch_batches
@@ -658,23 +769,9 @@ class Trainer(ABC):
             return Split(tuple(range(n)), (), seed, 0)
         return stratified_split(targets_of(dataset), self.arch_fraction, seed, n)
 
-    def _same_start_everywhere(self) -> None:
-        """Every process begins with the weights and alphas of the first one."""
-        if self.fabric.world_size > 1:
-            for tensor in self.model.state_dict().values():
-                tensor.copy_(self.fabric.broadcast(tensor))
-
-    def _on_first_process(self, make: Callable[[], _T]) -> _T:
-        """What the first process makes, for all of them."""
-        made = make() if self.fabric.is_global_zero else None
-        shared: _T = made if self.fabric.world_size == 1 else self.fabric.broadcast(made)  # type: ignore[assignment]
-        return shared
-
     def _enter_run(self) -> None:
-        """Random state and schedulers, either fresh or as they were left."""
+        """Schedulers, either fresh or as they were left."""
         scheduler, self._scheduler_state = self._scheduler_state, None
-        if self._global_state is None:
-            seed_global_state(self.seed)
         if not self._at_phase_start():
             groups = self._weight_optimizer.param_groups
             lrs = [group["lr"] for group in groups]
@@ -683,8 +780,6 @@ class Trainer(ABC):
                 self.scheduler.load_state_dict(scheduler)
             for group, lr in zip(groups, lrs, strict=True):
                 group["lr"] = lr
-        if self._global_state is not None:
-            restore_global_state(self._global_state)
 
     @property
     def _weight_optimizer(self) -> Optimizer:
@@ -705,6 +800,8 @@ class Trainer(ABC):
         self.targets.forget_step()
         if phase == "finetune":
             self.finetune_optimizer.state.clear()
+            if self.average is not None:
+                self.average.restart()
         self._build_scheduler()
 
     def _end_phase(self, phase: str, epochs: int) -> None:
@@ -734,19 +831,24 @@ class Trainer(ABC):
         with closing(line):
             while self.epoch == epoch:
                 self._latest = {}
-                step_of(next(batches))
+                batch = next(batches)
+                seed_global_state(self.seed, self.step, self.fabric.global_rank)
+                step_of(batch)
                 self.step += 1
-                line.update(self._progress_values() if line.shown else {})
+                line.update(self._progress_values)
                 if self.log_frequency and self.step % self.log_frequency == 0:
-                    self._log_values("step", phase, epoch, {k: float(v) for k, v in self._latest.items()})
+                    self._finite.look()
+                    self._log_values("step", phase, epoch, self._means(self._latest))
                 if self.epoch != epoch:
                     self._end_epoch(phase, epoch)
                 self._maybe_checkpoint(at_epoch_end=self.epoch != epoch)
 
     def _end_epoch(self, phase: str, epoch: int) -> None:
+        self._finite.look()
+        self.processes.check_same(list(self.model.parameters()))
         now = argmax_choices(self.model)
-        self._average_statistics()
-        values: dict[str, Any] = {**self._meters.averages(), **self.searched.numbers(self._argmax, now)}
+        averages = self.processes.averages(self._meters)
+        values: dict[str, Any] = {**averages, **self.searched.numbers(self._argmax, now)}
         for name, (soft, hard) in self.searched.soft_and_hard().items():
             values[f"{name}_soft"], values[f"{name}_hard"] = soft, hard
         if self._log is not None:
@@ -761,6 +863,12 @@ class Trainer(ABC):
             self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
             self._log_values("epoch", phase, epoch, values)
             self._after_epoch(phase)
+
+    def _means(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Over all processes."""
+        meters = Meters()
+        meters.add(values)
+        return self.processes.averages(meters)
 
     def _log_values(self, kind: str, phase: str, epoch: int, values: Mapping[str, Any]) -> None:
         if self._log is not None:
@@ -777,18 +885,22 @@ class Trainer(ABC):
 
     def _maybe_checkpoint(self, *, at_epoch_end: bool) -> None:
         due = at_epoch_end or (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0)
-        if self.checkpoint_dir is None or not (due or self._stop_signal is not None):
+        if self.checkpoint_dir is None:
             return
-        if self.fabric.is_global_zero:
-            self.save(self.checkpoint_dir / LAST)
-        if self._stop_signal is not None:
-            raise SystemExit(128 + self._stop_signal)
+        if due or self.processes.count == 1 or self.step % _AGREE_EVERY == 0:
+            self._stop_signal = self.processes.largest(self._stop_signal)  # which one of them may have got
+            if due or self._stop_signal:
+                self.save(self.checkpoint_dir / LAST)
+            if self._stop_signal:
+                self.processes.wait()
+                # One that ends with an error makes the launcher kill the first one, which says how it ended.
+                raise SystemExit(128 + self._stop_signal if self.processes.is_first else 0)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Logs open, SIGTERM caught, and the run's random state kept for the next train()."""
-        writes = self.checkpoint_dir is not None and self.fabric.is_global_zero
-        self._stop_signal = None
+        writes = self.checkpoint_dir is not None and self.processes.is_first
+        self._stop_signal = 0
         with ExitStack() as stack:
             stack.callback(self._leave_run)
             for optimizer in {id(o): o for o in (self.optimizer, self.finetune_optimizer)}.values():
@@ -799,15 +911,14 @@ class Trainer(ABC):
                 self._log = stack.enter_context(RunLog(self.checkpoint_dir, size=self._log_size, step=self.step))
             if self.checkpoint_dir is not None:
                 stack.enter_context(signal_handled(signal.SIGTERM, self._request_stop))
-            self._is_running = True
+            stack.enter_context(recomputed(self.model, self.checkpoint_blocks))
+            stack.enter_context(compiled(self.model, self.compile))
             yield
 
     def _leave_run(self) -> None:
-        if self._is_running:
-            self._global_state = global_state()
         self._scheduler_state = None if self.scheduler is None else self.scheduler.state_dict()
         self._log_size = 0 if self._log is None else self._log.size
-        self._is_running, self._log = False, None
+        self._log = None
 
     def _request_stop(self, number: int) -> None:
         self._stop_signal = number
@@ -825,6 +936,9 @@ class Trainer(ABC):
             "arch_fraction": self.arch_fraction,
             "warmup_epochs": self.warmup_epochs,
             "world_size": self.fabric.world_size,
+            "accumulate": self.accumulate,
+            "grad_clip": self.clip.limits,
+            "ema_decay": None if self.average is None else self.average.decay,
             "optimizer": type(self.optimizer).__name__,
             "parameters per group": [len(group["params"]) for group in self.optimizer.param_groups],
             "regularizers of weights": [part.settings() for part in self._of_weights],
@@ -840,8 +954,13 @@ class Trainer(ABC):
             **self._own_settings(),
         }
 
+    @property
+    def _is_settled(self) -> bool:
+        """Whether the running statistics are of the found network alone."""
+        return self._phase_of_step == "finetune"
+
     def _shows(self) -> bool | None:
-        return self.progress if self.fabric.is_global_zero else False
+        return self.progress if self.processes.is_first else False
 
     def _to_device(self, data: Any) -> Any:
         return self.fabric.to_device(data)

@@ -16,15 +16,20 @@ from ..errors import ConfigurationError
 __all__ = ["even_batches", "example_inputs"]
 
 
-def even_batches(dataset: Dataset[Any], batch_size: int) -> Iterator[tuple[Any, Any]]:
-    """The whole dataset in order, in batches of nearly one size, so that none is too small for BatchNorm."""
+def even_batches(
+    dataset: Dataset[Any], batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Any, Any]]:
+    """The whole dataset in order, in batches of nearly one size, so that none is too small for BatchNorm.
+
+    Of several processes, each has every ``world_size``-th of the same batches, which may be one less than another has.
+    """
     n = len(dataset)  # type: ignore[arg-type]
     if n == 0:
         raise ConfigurationError("the dataset is empty; at least one sample is needed")
     n_batches = math.ceil(n / batch_size)
     bounds = [round(i * n / n_batches) for i in range(n_batches + 1)]
     rows = [list(range(a, b)) for a, b in pairwise(bounds)]
-    for batch in DataLoader(dataset, batch_sampler=rows, generator=torch.Generator()):
+    for batch in DataLoader(dataset, batch_sampler=rows[rank::world_size], generator=torch.Generator()):
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
             raise ConfigurationError(f"the dataset must give pairs (input, target), got {type(batch).__name__}")
         yield batch[0], batch[1]

@@ -22,8 +22,8 @@ _FORMAT = "oneshot-checkpoint"
 _VERSION = 1
 _KEYS = (
     *("trainer", "space", "settings", "step", "arch_batches", "model", "optimizer", "arch_optimizer", "scheduler"),
-    *("generator", "global", "meters", "history", "argmax", "log_size", "latency_table"),
-    *("ended", "finetune_optimizer", "own"),
+    *("generator", "processes", "history", "argmax", "log_size", "latency_table"),
+    *("ended", "finetune_optimizer", "average", "scaler", "own"),
 )
 _ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, NotImplementedError, EOFError)
 # What torch's restricted unpickler raises on a program that is not its own.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..cost import Cost, CostSpec
 from ..cost.hardware import Hardware
@@ -18,7 +16,8 @@ from ..data import mix_seed
 from ..errors import ConfigurationError
 from ..mutables import Softmax
 from ..regularizers import Regularizer
-from .base import SchedulerFactory, Trainer
+from .arguments import SharedArguments, known_arguments
+from .base import Trainer
 from .batches import even_batches
 from .choices import Choices
 from .collapse import CollapseMonitor, EarlyStop, Stopped
@@ -26,18 +25,20 @@ from .cost_loss import DEFAULT_REFERENCE, CostLoss
 from .costs import CostSources
 from .gradients import add_gradients
 from .modes import batch_statistics, frozen_statistics, frozen_weights
+from .payment import payment
 from .penalty import Penalty
 from .rng import user_state_kept
-from .setup import OptimizerLike
 from .unrolled import (
     check_unrolls,
     difference_gradient,
     differentiable_gradients_of,
     exact_gradient,
-    gradients_of,
     second_gradients_of,
     updates_of,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["DARTSTrainer"]
 
@@ -72,7 +73,7 @@ class DARTSTrainer(Trainer):
             function from a list of parameters to another optimizer.
         alpha_std: alphas begin the search at normal random numbers of this deviation (1e-3 in the paper's code), from
             ``seed``. None: where they are, which is zero in a new model.
-        grad_clip: largest norm of the gradients of all weights in a weight step; None: no limit.
+        grad_clip: as in ``ProxylessTrainer``; the paper's 5 for the weights.
         arch_fraction: of the training set, for the alphas; stratified and seeded.
         grad_reg_loss_type, grad_reg_loss_params, ref_latency: as in ``ProxylessTrainer``.
         strength: instead of these, per unit of a cost: one number for all costs, or cost -> number.
@@ -99,17 +100,11 @@ class DARTSTrainer(Trainer):
         self,
         model: nn.Module,
         *,
-        loss: Callable[[Any, Any], Tensor],
-        metrics: Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None,
-        optimizer: OptimizerLike,
         num_epochs: int = 50,
-        dataset: Dataset[Any] | None = None,
-        warmup_epochs: int = 0,
         order: Literal[1, 2, "exact"] = 1,
         arc_learning_rate: float = 3e-4,
         arch_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         alpha_std: float | None = None,
-        grad_clip: float | None = 5.0,
         early_stop: EarlyStop | None = None,
         cost: str | Sequence[str] | Cost | CostSpec | Mapping[str, Any] | None = None,
         applied_hardware: Hardware | None = None,
@@ -123,63 +118,29 @@ class DARTSTrainer(Trainer):
         regularizer: Regularizer | None = None,
         normalize: bool = False,
         arch_loss: Callable[[Any, Any], Tensor] | None = None,
-        arch_dataset: Dataset[Any] | None = None,
-        valid_dataset: Dataset[Any] | None = None,
         arch_fraction: float = 0.5,
-        batch_size: int = 64,
-        workers: int = 4,
-        device: torch.device | str | None = None,
-        log_frequency: int | None = None,
-        scheduler: SchedulerFactory | None = None,
-        warmup_scheduler: SchedulerFactory | None = None,
-        seed: int = 0,
-        precision: str = "32-true",
-        devices: int = 1,
-        strategy: str = "auto",
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | None = None,
-        progress: bool | None = None,
+        **others: Unpack[SharedArguments],
     ) -> None:
-        _check_numbers(order, precision, alpha_std, grad_clip)
+        others.setdefault("grad_clip", 5.0)
+        _check_numbers(order, others.get("precision", "32-true"), alpha_std, others.get("accumulate", 1))
         self.choices = Choices(model, CostSources(cost, applied_hardware, missing), dummy_input, self._measured_once)
         super().__init__(
             self.choices,
-            loss=loss,
-            metrics=metrics,
-            optimizer=optimizer,
             arch_optimizer=arch_optimizer or _arch_adam(arc_learning_rate),
             num_epochs=num_epochs,
-            dataset=dataset,
-            arch_dataset=arch_dataset,
-            valid_dataset=valid_dataset,
             arch_fraction=arch_fraction,
-            warmup_epochs=warmup_epochs,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            log_frequency=log_frequency,
-            scheduler=scheduler,
-            warmup_scheduler=warmup_scheduler,
-            seed=seed,
-            precision=precision,
-            devices=devices,
-            strategy=strategy,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            progress=progress,
             targets=targets,
             regularizer=regularizer,
+            **known_arguments("DARTSTrainer", others),
         )
-        self.arch_loss = loss if arch_loss is None else arch_loss
+        self.arch_loss = self.loss if arch_loss is None else arch_loss
         if self.arch_fraction is None:
             raise ConfigurationError(
                 "arch_fraction=None: a part of the data is for the architecture, above 0 and below 1"
             )
-        self.order, self.alpha_std, self.grad_clip = order, alpha_std, grad_clip
+        self.order, self.alpha_std = order, alpha_std
         if order != 1:
             check_unrolls(self.optimizer)
-        if grad_clip is not None:
-            self.optimizer.register_step_pre_hook(self._clip)  # after the mean over all processes
         self.alphas = [d.alpha for d in self.decisions.values()]
         self.monitor = None if early_stop is None else CollapseMonitor(early_stop, self.decisions)
         self.stopped: Stopped | None = None
@@ -224,61 +185,63 @@ class DARTSTrainer(Trainer):
         with frozen_weights(self.alphas):
             self._update_weights(batch, Softmax())
 
-    def _clip(self, *_: Any) -> None:
-        assert self.grad_clip is not None
-        clip_grad_norm_([w for w in self.weights if w.grad is not None], self.grad_clip)
-
     def _arch_step(self, arch_batch: Any, batch: Any) -> None:
         """One step of the alphas; weights and BatchNorm statistics stay. ``batch``: of the weight step to come."""
         self._set(Softmax())
         self.arch_optimizer.zero_grad(set_to_none=True)
         learning = [alpha for alpha in self.alphas if alpha.requires_grad and alpha.numel() > 1]
         decided = [alpha for alpha in self.alphas if alpha.numel() == 1]  # nothing to learn, and no second derivative
+        with frozen_statistics(self.norms), frozen_weights(decided):
+            if self.order == 1:
+                with frozen_weights(self.weights):
+                    task, _ = self._backward("arch_loss", arch_batch, self.arch_loss, again=True)
+            else:
+                task = self._unrolled_gradients(arch_batch, batch, learning)
+        if not self._ready([self.arch_optimizer], moves_statistics=False):
+            return
         expected = self.choices.step_costs()
+        self._finite.add(self.step, _named(expected))
+        noted: dict[str, Tensor | float] = dict(_named(expected))
+
+        def loss(task: Tensor, costs: Mapping[str, Tensor]) -> Tensor:
+            terms = self._terms_of(costs)
+            noted.update({name: term.detach() for name, term in terms.items()})
+            return torch.stack([self._with_costs(task, costs), *terms.values()]).sum()
+
         pull = self.targets.pull(expected, learning, self._progress)
+        paid = payment(self.processes.mean(task), expected, learning, loss, pull)
+        shares = paid.add_to(learning, lambda: self._add_targets(paid.pull, learning))
+        self._move_architecture()
+        self._keep_targets()
+        self._note({"arch_loss": paid.total, **shares, **noted})
+
+    def _unrolled_gradients(self, arch_batch: Any, batch: Any, alphas: Sequence[nn.Parameter]) -> Tensor:
+        """The gradients of the loss of the architecture after a step of the weights; its value."""
         task: list[Tensor] = []
 
         def valid() -> Tensor:
             loss, _, _ = self._forward(arch_batch, self.arch_loss, again=True)
+            self._finite.add(self.step, {"arch_loss": loss})
             task.append(loss.detach())
-            self._check_finite({"arch_loss": loss, **_named(expected)})
-            # Of the costs, which have no weights in them, the gradient is taken apart.
-            return self._with_costs(loss, {name: cost.detach() for name, cost in expected.items()})
+            return loss
 
         def train() -> Tensor:
             loss, _, _ = self._forward(batch, self.loss, again=True)
-            self._check_finite({"loss": loss})
+            self._finite.add(self.step, {"loss": loss})
             return loss
 
-        with frozen_statistics(self.norms), frozen_weights(decided):
-            of_task = self._task_gradients(train, valid, learning)
-        terms = self._terms_of(expected)
-        total = torch.stack([self._with_costs(task[0], expected), *terms.values()]).sum()
-        add_gradients(learning, of_task)
-        pulled = self._add_targets(pull, learning)
-        share = add_gradients(learning, gradients_of(total, learning))
-        self._average_gradients(learning)
-        self.arch_optimizer.step()
-        self._keep_targets()
-        shares = {"cost_share": share} if pulled is None else {"cost_share": share, "target_share": pulled}
-        self._note({"arch_loss": total, **shares, **terms, **_named(expected)})
-
-    def _task_gradients(
-        self, train: Callable[[], Tensor], valid: Callable[[], Tensor], alphas: Sequence[nn.Parameter]
-    ) -> Sequence[Tensor | None]:
-        if self.order == 1:
-            with frozen_weights(self.weights):
-                return gradients_of(valid(), alphas)
         weights, updates = updates_of(self.optimizer)
         if self.order == 2:
-            return difference_gradient(train, valid, weights, updates, alphas, mean=self._mean)
-        return exact_gradient(self.model, train, valid, weights, updates, alphas)
+            gradients = difference_gradient(train, valid, weights, updates, alphas, mean=self._mean)
+        else:
+            gradients = exact_gradient(self.model, train, valid, weights, updates, alphas)
+        add_gradients(alphas, gradients)
+        return task[0]
 
     def _mean(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Of all processes; which weights have a gradient is the same in each."""
-        if self.fabric.world_size == 1:
-            return list(gradients)
-        return [None if g is None else self.fabric.all_reduce(g, reduce_op="mean") for g in gradients]  # type: ignore[misc]
+        self.processes.mean_([g for g in gradients if g is not None])
+        return list(gradients)
 
     def _with_costs(self, task: Tensor, costs: Mapping[str, Tensor]) -> Tensor:
         return self.cost_loss(task, costs) if self.penalty is None else task + self.penalty(costs)
@@ -355,7 +318,6 @@ class DARTSTrainer(Trainer):
         return {
             "order": self.order,
             "alpha_std": self.alpha_std,
-            "grad_clip": self.grad_clip,
             "strength": None if self.penalty is None else self.penalty.strength,
             "normalize": self.normalize,
             "arch_optimizer": type(self.arch_optimizer).__name__,
@@ -378,18 +340,22 @@ def _arch_adam(lr: float) -> Callable[[list[nn.Parameter]], Optimizer]:
     return lambda alphas: torch.optim.Adam(alphas, lr=lr, betas=(0.5, 0.999), weight_decay=1e-3)
 
 
-def _check_numbers(order: object, precision: str, alpha_std: float | None, grad_clip: float | None) -> None:
+def _check_numbers(order: object, precision: str, alpha_std: float | None, accumulate: int) -> None:
     if order not in (1, 2, "exact") or isinstance(order, bool):
         raise ConfigurationError(f"order={order!r}: allowed are 1, 2 and 'exact'")
-    if order != 1 and precision == "bf16-mixed":
+    if order != 1 and precision != "32-true":
         raise ConfigurationError(
             f"order={order!r}, precision={precision!r}: a difference, or a second derivative, would be lost in the "
             "rounding; use precision='32-true', or order=1"
         )
-    for name, value in (("alpha_std", alpha_std), ("grad_clip", grad_clip)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            raise ConfigurationError(f"{name}={value!r}: a number above 0 or None is needed")
+    if order != 1 and accumulate != 1:
+        raise ConfigurationError(
+            f"order={order!r}, accumulate={accumulate}: the unrolled step is one of a whole batch; use accumulate=1"
+        )
+    is_number = isinstance(alpha_std, int | float) and not isinstance(alpha_std, bool)
+    if alpha_std is not None and not (is_number and alpha_std > 0):
+        raise ConfigurationError(f"alpha_std={alpha_std!r}: a number above 0 or None is needed")
 
 
 def _named(costs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{name}_expected": cost for name, cost in costs.items()}
+    return {f"{name}_expected": cost.detach() for name, cost in costs.items()}

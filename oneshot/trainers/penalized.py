@@ -2,85 +2,52 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..errors import ConfigurationError, InfeasibleTargetError
 from ..graph import evaluated
 from ..mutables import Sampler, arch_parameters
 from ..regularizers import Regularizer
-from .base import SchedulerFactory, Trainer
+from .arguments import SchedulerFactory, SharedArguments
+from .base import Trainer
 from .batches import even_batches
 from .checkpoint import BEST
 from .cost_loss import CostLoss
 from .decidedness import Decidedness
 from .gradients import add_gradients, weighted_gradients
 from .modes import frozen_statistics, frozen_weights
+from .payment import Payment, payment
 from .penalty import Penalty
 from .sampling import Sampling
 from .searched import Searched
 from .selection import Record, epochs_since, kept_record, larger_is_better
 from .setup import OptimizerLike, check_counts
 
-if TYPE_CHECKING:
-    from typing_extensions import Required
-
-__all__ = ["PenalizedArguments", "PenalizedTrainer", "known_arguments"]
+__all__ = ["PenalizedArguments", "PenalizedTrainer"]
 
 
-class PenalizedArguments(TypedDict, total=False):
-    """The keyword arguments that every such trainer takes and hands on, as its docstring describes them."""
+class PenalizedArguments(SharedArguments, total=False):
+    """What every such trainer takes besides, and hands on."""
 
-    loss: Required[Callable[[Any, Any], Tensor]]
-    metrics: Required[Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None]
-    optimizer: Required[OptimizerLike]
     num_epochs: int
-    dataset: Dataset[Any] | None
-    warmup_epochs: int
     finetune_epochs: int
+    finetune_optimizer: OptimizerLike | None
+    finetune_scheduler: SchedulerFactory | None
     strength: float | Mapping[str, float]
+    normalize: bool
     targets: Mapping[str, float] | None
     regularizer: Regularizer | None
-    normalize: bool
-    finetune_optimizer: OptimizerLike | None
-    arch_dataset: Dataset[Any] | None
-    valid_dataset: Dataset[Any] | None
     arch_fraction: float
     patience: int | None
     monitor: str
     monitor_mode: Literal["min", "max"] | None
-    batch_size: int
-    workers: int
-    device: torch.device | str | None
-    log_frequency: int | None
-    scheduler: SchedulerFactory | None
-    warmup_scheduler: SchedulerFactory | None
-    finetune_scheduler: SchedulerFactory | None
-    seed: int
-    precision: str
-    devices: int
-    strategy: str
-    checkpoint_dir: str | os.PathLike[str] | None
-    checkpoint_every: int | None
-    progress: bool | None
-
-
-def known_arguments(trainer: str, given: PenalizedArguments) -> PenalizedArguments:
-    """The arguments; TypeError for one that no such trainer takes, or a required one that is missing."""
-    unknown = [name for name in given if name not in PenalizedArguments.__annotations__]
-    missing = [name for name in ("loss", "metrics", "optimizer") if name not in given]
-    if unknown or missing:
-        parts = [f"unexpected arguments {unknown}"] if unknown else []
-        parts += [f"missing arguments {missing}"] if missing else []
-        raise TypeError(f"{trainer}(): {' and '.join(parts)}")
-    return given
 
 
 class PenalizedTrainer(Trainer):
@@ -107,72 +74,24 @@ class PenalizedTrainer(Trainer):
         sampling: Sampling | None = None,
         decidedness: Decidedness | None = None,
         cost_loss: CostLoss | None = None,
-        loss: Callable[[Any, Any], Tensor],
-        metrics: Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None,
-        optimizer: OptimizerLike,
         num_epochs: int = 100,
-        dataset: Dataset[Any] | None = None,
-        warmup_epochs: int = 0,
-        finetune_epochs: int = 0,
         strength: float | Mapping[str, float] = 0.0,
-        targets: Mapping[str, float] | None = None,
-        regularizer: Regularizer | None = None,
         normalize: bool = False,
-        finetune_optimizer: OptimizerLike | None = None,
-        arch_dataset: Dataset[Any] | None = None,
-        valid_dataset: Dataset[Any] | None = None,
         arch_fraction: float = 0.0,
         patience: int | None = None,
         monitor: str = "loss",
         monitor_mode: Literal["min", "max"] | None = None,
-        batch_size: int = 64,
-        workers: int = 4,
-        device: torch.device | str | None = None,
-        log_frequency: int | None = None,
-        scheduler: SchedulerFactory | None = None,
-        warmup_scheduler: SchedulerFactory | None = None,
-        finetune_scheduler: SchedulerFactory | None = None,
-        seed: int = 0,
-        precision: str = "32-true",
-        devices: int = 1,
-        strategy: str = "auto",
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | None = None,
-        progress: bool | None = None,
+        **others: Any,
     ) -> None:
         self.penalty = Penalty(strength, normalize, searched.names)
         super().__init__(
             searched,
-            loss=loss,
-            metrics=metrics,
-            optimizer=optimizer,
             arch_optimizer=arch_optimizer,
             num_epochs=num_epochs,
-            dataset=dataset,
-            arch_dataset=arch_dataset,
-            valid_dataset=valid_dataset,
             arch_fraction=arch_fraction or None,
-            warmup_epochs=warmup_epochs,
-            finetune_epochs=finetune_epochs,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            log_frequency=log_frequency,
-            scheduler=scheduler,
-            warmup_scheduler=warmup_scheduler,
-            finetune_scheduler=finetune_scheduler,
-            finetune_optimizer=finetune_optimizer,
-            seed=seed,
-            precision=precision,
-            devices=devices,
-            strategy=strategy,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            progress=progress,
-            targets=targets,
-            regularizer=regularizer,
+            **others,
         )
-        if arch_dataset is not None and self.arch_fraction is None:
+        if others.get("arch_dataset") is not None and self.arch_fraction is None:
             raise ConfigurationError(
                 "arch_dataset: without arch_fraction the architecture learns from dataset; give a fraction"
             )
@@ -183,6 +102,9 @@ class PenalizedTrainer(Trainer):
         self.larger_is_better = larger_is_better(monitor, monitor_mode)
         self._check_patience()
         self._best: dict[str, Tensor] | None = None
+        self._paid: Payment | None = None  # of the step that is being made
+        self._of_terms: Sequence[Tensor | None] = []
+        self._noted: dict[str, Tensor | float] = {}
         if not self.costs.measures:
             self._refer()
 
@@ -232,59 +154,59 @@ class PenalizedTrainer(Trainer):
         self._weight_optimizer.zero_grad(set_to_none=True)
         self.arch_optimizer.zero_grad(set_to_none=True)
         with frozen_weights(self._still()):
-            task, output, target = self._forward(batch, self.loss)
-            noted = self._backward("loss", task)
-        noted.update(self._regularize_weights(task))
-        self._step_weights()
-        self._step_arch()
-        self._note({**noted, **self._measured(output, target)})
+            task, noted = self._gradients("loss", batch)
+        if self._ready([self._weight_optimizer, self.arch_optimizer], moves_statistics=True):
+            noted.update(self._regularize_weights(task))
+            self._step_weights()
+            self._step_arch(noted)
 
     def _arch_step(self, batch: Any) -> None:
         """One step of the architecture; the weights and the BatchNorm statistics stay."""
         self._draw()
         self.arch_optimizer.zero_grad(set_to_none=True)
         with frozen_weights([*self.weights, *self._still()]), frozen_statistics(self.norms):
-            task, _, _ = self._forward(batch, self.loss)
-            noted = self._backward("arch_loss", task)
-        self._step_arch()
-        self._note(noted)
+            _, noted = self._gradients("arch_loss", batch)
+        if self._ready([self.arch_optimizer], moves_statistics=False):
+            self._step_arch(noted)
 
-    def _backward(self, name: str, task: Tensor) -> dict[str, Tensor | float]:
-        """The gradients of the task loss and, added for the architecture, of what it pays; what to note of them."""
+    def _gradients(self, name: str, batch: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The gradients of the task and, apart from them, what the architecture pays; its loss, and what to note."""
+        task, measured = self._backward(
+            name, batch, self.loss, before_last=self._pay_for_costs, evaluates_others=bool(self.decisions)
+        )
+        return task, {name: task, **(measured if name == "loss" else {}), **self._noted}
+
+    def _pay_for_costs(self, task: Tensor) -> None:
+        """What this step pays, before the graph of the task is gone: the masks of the step are in both graphs."""
         costs, learning = self.searched.step_costs(), self._learning()
-        self._check_finite({name: task, **costs})
-        # The loss sees each part as a variable of its own, so that their shares of the gradient are known.
-        of_task, paid = _variable(task), {k: _variable(cost) for k, cost in costs.items()}
-        terms_of_costs = self._terms_of(paid)
-        penalty = torch.stack([self.penalty(paid).to(of_task), *terms_of_costs.values()]).sum()
-        total = of_task if self.cost_loss is None else self.cost_loss(of_task, paid)
-        (total + penalty).backward()
-        # Apart from the task's, and before it: the masks of this step are in both graphs.
-        of_costs = weighted_gradients(costs, {k: variable.grad for k, variable in paid.items()}, learning)
-        pull = self.targets.pull(costs, learning, self._progress)
-        terms = self.decidedness.terms([d.alpha for d in self.decisions.values()])
-        of_terms = weighted_gradients(terms, {k: torch.ones_like(term) for k, term in terms.items()}, learning)
-        # A candidate that is evaluated only for the gradient of its gate keeps its statistics.
-        with frozen_statistics(self.norms):
-            self.fabric.backward(task)
-        if self.cost_loss is not None and of_task.grad is not None:
-            _scale(learning, of_task.grad)
-        pulled = self._add_targets(pull, learning)
-        share = add_gradients(learning, of_costs)
-        add_gradients(learning, of_terms)
-        found: dict[str, Tensor | float] = {name: task, "penalty": penalty, "cost_share": share}
-        if pulled is not None:
-            found["target_share"] = pulled
-        return {**found, **terms_of_costs, **terms}
+        self._finite.add(self.step, costs)
+        self._noted = {}
 
-    def _step_arch(self) -> None:
+        def loss(task: Tensor, costs: Mapping[str, Tensor]) -> Tensor:
+            terms = self._terms_of(costs)
+            penalty = torch.stack([self.penalty(costs).to(task), *terms.values()]).sum()
+            self._noted.update({"penalty": penalty.detach(), **_detached(terms)})
+            return (task if self.cost_loss is None else self.cost_loss(task, costs)) + penalty
+
+        pull = self.targets.pull(costs, learning, self._progress)
+        self._paid = payment(self.processes.mean(task), costs, learning, loss, pull)
+        terms = self.decidedness.terms([d.alpha for d in self.decisions.values()])
+        self._of_terms = weighted_gradients(terms, {k: torch.ones_like(term) for k, term in terms.items()}, learning)
+        self._noted.update(_detached(terms))
+
+    def _step_arch(self, noted: Mapping[str, Tensor | float]) -> None:
+        learning, paid = self._learning(), self._paid
+        assert paid is not None
+        shares = paid.add_to(learning, lambda: self._add_targets(paid.pull, learning))
+        add_gradients(learning, self._of_terms)
+        self._paid, self._of_terms = None, []
         for parameter in self.searched.idle():
             parameter.grad = None  # momentum would move it
-        self._average_gradients(self._learning())
         self._settle()
-        self.arch_optimizer.step()
+        self._move_architecture()
         self.searched.clip_()
         self._keep_targets()
+        self._note({**noted, **shares})
 
     # ---- which epoch is kept -----------------------------------------------------------------------------------
 
@@ -300,8 +222,9 @@ class PenalizedTrainer(Trainer):
         if self.patience is not None and epochs_since(records, kept) >= self.patience:
             self._end_phase(phase, len(records))
         if kept is records[-1]:
-            self._best = _copied(self.model)
-            if self.checkpoint_dir is not None and self.fabric.is_global_zero:
+            with self._averaged():
+                self._best = _copied(self.model)
+            if self.checkpoint_dir is not None:
                 self.save(self.checkpoint_dir / BEST)
 
     def _is_met(self, record: Record) -> bool:
@@ -321,6 +244,8 @@ class PenalizedTrainer(Trainer):
             self._check_targets()
         else:
             self.model.load_state_dict(self._best)
+            if self.average is not None:
+                self.average.restart()  # these are averages already
         self._holds_kept = True
 
     def _check_targets(self) -> None:
@@ -346,12 +271,15 @@ class PenalizedTrainer(Trainer):
             yield
             return
         now, held = _copied(self.model), self._holds_kept
+        averages = None if self.average is None else self.average.state_dict()
         self._take_best()
         try:
             yield
         finally:
             self.model.load_state_dict(now)
             self._holds_kept = held
+            if self.average is not None and averages is not None:
+                self.average.load_state_dict(averages)
 
     # ---- before the run, and between two parts of it -----------------------------------------------------------
 
@@ -361,7 +289,7 @@ class PenalizedTrainer(Trainer):
             self.penalty.refer_to(self.searched.reachable(self.penalty.strength))
 
     def _check_patience(self) -> None:
-        check_counts(0, 0, 1, 0, None, None, patience=self.patience)
+        check_counts(patience=self.patience)
         if self.patience is None:
             return
         if self.valid_dataset is None:
@@ -416,11 +344,5 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def _variable(value: Tensor) -> Tensor:
-    return value.detach().clone().requires_grad_()
-
-
-def _scale(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in values.items()}

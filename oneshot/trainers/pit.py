@@ -8,8 +8,9 @@ import torch
 
 from ..errors import InputTypeError, UnsupportedModelError
 from ..pit import PIT
+from .arguments import known_arguments
 from .masks import ArchOptimizer, Masks, masks_without_decay
-from .penalized import PenalizedArguments, PenalizedTrainer, known_arguments
+from .penalized import PenalizedArguments, PenalizedTrainer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,5 +118,5 @@ class PITTrainer(PenalizedTrainer):
         super().__init__(
             masks,
             arch_optimizer=masks_without_decay(pit, arch_optimizer or adam),
-            **known_arguments("PITTrainer", others),
+            **known_arguments("PITTrainer", others, PenalizedArguments),
         )

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from ..errors import InputTypeError, UnsupportedModelError
 from ..mutables.temperature import Temperature
 from ..pit.network import SearchedNetwork
+from .arguments import known_arguments
 from .decidedness import Decidedness
 from .masks import ArchOptimizer, Masks, masks_without_decay
-from .penalized import PenalizedArguments, PenalizedTrainer, known_arguments
+from .penalized import PenalizedArguments, PenalizedTrainer
 from .sampling import Sampling, as_temperature
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class PITSuperNetTrainer(PenalizedTrainer):
             arch_optimizer=masks_without_decay(network, arch_optimizer or adam),
             sampling=Sampling(sampling, hard, as_temperature(temperature)),
             decidedness=Decidedness(icv_strength, entropy_strength),
-            **known_arguments("PITSuperNetTrainer", others),
+            **known_arguments("PITSuperNetTrainer", others, PenalizedArguments),
         )
 
 

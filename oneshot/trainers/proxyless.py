@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..cost import Cost, CostModel, CostSpec, cost_range
 from ..cost.hardware import Hardware
@@ -18,14 +17,15 @@ from ..graph import evaluated
 from ..mutables import Argmax, BinaryGates, Decision, arch_parameters, decisions
 from ..pit.network import SearchedNetwork
 from ..regularizers import Regularizer
-from .base import SchedulerFactory, Trainer
+from .arguments import SharedArguments, known_arguments
+from .base import Trainer
 from .batches import even_batches
 from .choices import Choices
 from .cost_loss import DEFAULT_REFERENCE, CostLoss
 from .costs import CostSources
-from .gradients import add_gradients, weighted_gradients
 from .masks import Masks
 from .modes import batch_statistics, frozen_statistics, frozen_weights
+from .payment import Payment, payment
 from .reinforce import (
     DEFAULT_EXPONENT,
     Reward,
@@ -37,8 +37,10 @@ from .reinforce import (
     policy_gradient,
 )
 from .searched import Searched
-from .setup import OptimizerLike
 from .targets import Pull
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["ProxylessTrainer"]
 
@@ -139,16 +141,7 @@ class ProxylessTrainer(Trainer):
         self,
         model: nn.Module,
         *,
-        loss: Callable[[Any, Any], Tensor],
-        metrics: Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None,
-        optimizer: OptimizerLike,
         num_epochs: int = 120,
-        dataset: Dataset[Any] | None = None,
-        warmup_epochs: int = 0,
-        batch_size: int = 64,
-        workers: int = 4,
-        device: torch.device | str | None = None,
-        log_frequency: int | None = None,
         arc_learning_rate: float = 1e-3,
         mask_learning_rate: float = 1e-3,
         grad_reg_loss_type: Literal["mul#log", "add#linear"] | None = "add#linear",
@@ -162,8 +155,6 @@ class ProxylessTrainer(Trainer):
         targets: Mapping[str, float] | None = None,
         regularizer: Regularizer | None = None,
         arch_loss: Callable[[Any, Any], Tensor] | None = None,
-        arch_dataset: Dataset[Any] | None = None,
-        valid_dataset: Dataset[Any] | None = None,
         arch_fraction: float = 0.2,
         arch_every: int = 5,
         skip_first_epoch: bool = True,
@@ -174,15 +165,7 @@ class ProxylessTrainer(Trainer):
         baseline_decay: float = 0.99,
         reward: RewardLike | None = None,
         cost_exponent: float | Mapping[str, float] = DEFAULT_EXPONENT,
-        scheduler: SchedulerFactory | None = None,
-        warmup_scheduler: SchedulerFactory | None = None,
-        seed: int = 0,
-        precision: str = "32-true",
-        devices: int = 1,
-        strategy: str = "auto",
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | None = None,
-        progress: bool | None = None,
+        **others: Unpack[SharedArguments],
     ) -> None:
         if paths not in (2, "all"):
             raise ConfigurationError(f"paths={paths!r}: allowed are 2 and 'all'")
@@ -203,33 +186,14 @@ class ProxylessTrainer(Trainer):
             searched = Choices(model, sources, dummy_input, self._measured_once)
         super().__init__(
             searched,
-            loss=loss,
-            metrics=metrics,
-            optimizer=optimizer,
             arch_optimizer=_arch_adam(arc_learning_rate, mask_learning_rate, decisions(model)),
             num_epochs=num_epochs,
-            dataset=dataset,
-            arch_dataset=arch_dataset,
-            valid_dataset=valid_dataset,
             arch_fraction=arch_fraction,
-            warmup_epochs=warmup_epochs,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            log_frequency=log_frequency,
-            scheduler=scheduler,
-            warmup_scheduler=warmup_scheduler,
-            seed=seed,
-            precision=precision,
-            devices=devices,
-            strategy=strategy,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            progress=progress,
             targets=targets,
             regularizer=regularizer,
+            **known_arguments("ProxylessTrainer", others),
         )
-        self.arch_loss = loss if arch_loss is None else arch_loss
+        self.arch_loss = self.loss if arch_loss is None else arch_loss
         if self.arch_fraction is None:
             raise ConfigurationError(
                 "arch_fraction=None: a part of the data is for the architecture, above 0 and below 1"
@@ -279,30 +243,42 @@ class ProxylessTrainer(Trainer):
         learning = self.searched.learning(pulls)
         learns = {id(p) for p in learning}
         still = [p for p in self.arch_parameters if id(p) not in learns]
+        found: list[tuple[Payment, dict[str, Tensor]]] = []
         with frozen_weights([*self.weights, *still]), frozen_statistics(self.norms):
-            task, _, _ = self._forward(batch, self.arch_loss)
-            # Under the distribution that this step's gates have: in two-path mode the pair's own softmax.
-            expected = self.searched.step_costs()
-            # The loss sees each cost as a variable of its own, so that both parts of alpha's gradient are known.
-            variables = {name: cost.detach().requires_grad_() for name, cost in expected.items()}
-            terms = self._terms_of(variables)
-            total = torch.stack([self.cost_loss(task, variables), *terms.values()]).sum()
-            self._check_finite({"arch_loss": total, "task_loss": task, **_named(expected)})
-            self.fabric.backward(total)
-        pulled = self._add_targets(self.targets.pull(expected, learning, self._progress), learning)
-        slopes = {name: variable.grad for name, variable in variables.items()}
-        share = add_gradients(learning, weighted_gradients(expected, slopes, learning))
+            self._backward(
+                "task_loss",
+                batch,
+                self.arch_loss,
+                before_last=lambda task: found.append(self._payment(task, learning)),
+            )
+        if not self._ready([self.arch_optimizer], moves_statistics=False):
+            return
+        [(paid, noted)] = found
+        shares = paid.add_to(learning, lambda: self._add_targets(paid.pull, learning))
         for parameter in self.searched.idle():
             parameter.grad = None
-        self._average_gradients(learning)
         self._settle()
-        self.arch_optimizer.step()
+        self._move_architecture()
         self.searched.clip_()
         if self.rescale:
             self._after_arch_step()
         self._keep_targets(every=self.arch_every)
-        shares = {"cost_share": share} if pulled is None else {"cost_share": share, "target_share": pulled}
-        self._note({"arch_loss": total, **shares, **terms, **_named(expected)})
+        self._note({"arch_loss": paid.total, **shares, **noted})
+
+    def _payment(self, task: Tensor, learning: Sequence[nn.Parameter]) -> tuple[Payment, dict[str, Tensor]]:
+        """What this step pays, while its masks are in the graph; what to note of that."""
+        # Under the distribution that this step's gates have: in two-path mode the pair's own softmax.
+        expected = self.searched.step_costs()
+        self._finite.add(self.step, _named(expected))
+        noted = _named(expected)
+
+        def loss(task: Tensor, costs: Mapping[str, Tensor]) -> Tensor:
+            terms = self._terms_of(costs)
+            noted.update({name: term.detach() for name, term in terms.items()})
+            return torch.stack([self.cost_loss(task, costs), *terms.values()]).sum()
+
+        pull = self.targets.pull(expected, learning, self._progress)
+        return payment(self.processes.mean(task), expected, learning, loss, pull), noted
 
     def _reinforce_step(self, batch: Any) -> None:
         """One step of the alphas by the rewards of sampled networks; the weights and the BatchNorm statistics stay."""
@@ -316,7 +292,7 @@ class ProxylessTrainer(Trainer):
         )
         losses = torch.tensor([m["loss"] for m in measured])
         rewards = rewards - torch.tensor([self._paid(c) for c in costs], dtype=torch.float64)
-        self._check_finite({"arch_loss": losses.sum(), "reward": rewards.mean()})
+        self._finite.add(self.step, {"arch_loss": losses.sum(), "reward": rewards.mean()})
         self.baseline = moved_baseline(self.baseline, float(rewards.mean()), self.baseline_decay)
         of_task, of_cost = [], []
         for label, decision in self.decisions.items():
@@ -328,7 +304,7 @@ class ProxylessTrainer(Trainer):
             of_task.append(policy_gradient(p, chosen, tasks - tasks.mean()).abs().sum())
             of_cost.append(policy_gradient(p, chosen, rewards - tasks - (rewards - tasks).mean()).abs().sum())
         self._pull_by_rewards(paths, costs)
-        self.arch_optimizer.step()
+        self._move_architecture()
         self._keep_targets(every=self.arch_every)
         norms = torch.stack(of_task).sum(), torch.stack(of_cost).sum()
         share = norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
@@ -377,11 +353,7 @@ class ProxylessTrainer(Trainer):
         loss, output, target = self._forward(batch, self.arch_loss, again=True)
         found = {**self._measured(output, target), "loss": loss}
         numbers = torch.stack([torch.as_tensor(value, device=loss.device).double() for value in found.values()])
-        if self.fabric.world_size > 1:
-            mean = self.fabric.all_reduce(numbers, reduce_op="mean")
-            assert isinstance(mean, Tensor)
-            numbers = mean
-        return dict(zip(found, numbers.tolist(), strict=True))
+        return dict(zip(found, self.processes.mean(numbers).tolist(), strict=True))
 
     def _cost_references(self) -> Mapping[str, float]:
         return {**self.cost_loss.references, **self.targets.by_cost}
@@ -396,7 +368,7 @@ class ProxylessTrainer(Trainer):
         at_start = self.searched.uniform_costs()
         if self.normalize:
             self.cost_loss.refer_to({name: float(cost) for name, cost in at_start.items()})
-        measured = self.costs.measures and self.fabric.is_global_zero
+        measured = self.costs.measures and self.processes.is_first
         if measured and self.checkpoint_dir is not None and self.latency_table is not None:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             self.latency_table.write(self.checkpoint_dir / "latency_table.yaml")
@@ -471,4 +443,4 @@ def _check_network(network: SearchedNetwork, costs: Sequence[str], method: str) 
 
 
 def _named(costs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{name}_expected": cost for name, cost in costs.items()}
+    return {f"{name}_expected": cost.detach() for name, cost in costs.items()}

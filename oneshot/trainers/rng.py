@@ -38,11 +38,18 @@ def restore_global_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
 
 
-def seed_global_state(seed: int) -> None:
-    """Seed all of them from one number."""
-    torch.manual_seed(mix_seed(seed, 1))
-    random.seed(mix_seed(seed, 2))
-    np.random.seed(mix_seed(seed, 3) % 2**32)  # noqa: NPY002
+def seed_global_state(seed: int, step: int = 0, process: int = 0) -> None:
+    """What is random in a step (dropout, say) depends on these three numbers alone, not on what was drawn before.
+
+    So a run that is taken up again goes on as it would have, also with another number of GPUs in the machine.
+    """
+    of_torch = mix_seed(seed, 1, step, process)
+    # Not torch.manual_seed: where no GPU has been used yet, it keeps a stack trace for each call.
+    torch.default_generator.manual_seed(of_torch)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(of_torch)
+    random.seed(mix_seed(seed, 2, step, process))
+    np.random.seed(mix_seed(seed, 3, step, process) % 2**32)  # noqa: NPY002
 
 
 @contextmanager

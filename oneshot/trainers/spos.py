@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Subset
 
@@ -25,7 +24,8 @@ from ..graph import evaluated
 from ..loggers import Progress
 from ..mutables import OnePath, UniformPath
 from ..regularizers import Regularizer
-from .base import SchedulerFactory, Trainer
+from .arguments import SharedArguments, known_arguments
+from .base import Trainer
 from .batches import even_batches
 from .choices import Choices
 from .costs import CostSources
@@ -37,7 +37,9 @@ from .recalibration import recalibrate_, statistics_kept
 from .regularized import parts_of
 from .scored import ScoredChoices
 from .selection import larger_is_better
-from .setup import OptimizerLike
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["SPOSTrainer", "fair_paths"]
 
@@ -102,19 +104,10 @@ class SPOSTrainer(Trainer):
         self,
         model: nn.Module,
         *,
-        loss: Callable[[Any, Any], Tensor],
-        metrics: Callable[[Any, Any], Mapping[str, Tensor | float] | Tensor | float] | None,
-        optimizer: OptimizerLike,
         num_epochs: int = 120,
-        dataset: Dataset[Any] | None = None,
         limits: Mapping[str, float] | None = None,
         targets: Mapping[str, float] | None = None,
         regularizer: Regularizer | None = None,
-        warmup_epochs: int = 0,
-        batch_size: int = 64,
-        workers: int = 4,
-        device: torch.device | str | None = None,
-        log_frequency: int | None = None,
         fairness: Literal["uniform", "strict"] = "uniform",
         monitor: str = "loss",
         monitor_mode: Literal["min", "max"] | None = None,
@@ -127,18 +120,8 @@ class SPOSTrainer(Trainer):
         dummy_input: Sequence[int] = (1, 3, 224, 224),
         cost: str | Sequence[str] | Cost | CostSpec | Mapping[str, Any] | None = None,
         missing: Mapping[str, float] | None = None,
-        arch_dataset: Dataset[Any] | None = None,
-        valid_dataset: Dataset[Any] | None = None,
         arch_fraction: float = 0.2,
-        scheduler: SchedulerFactory | None = None,
-        warmup_scheduler: SchedulerFactory | None = None,
-        seed: int = 0,
-        precision: str = "32-true",
-        devices: int = 1,
-        strategy: str = "auto",
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        checkpoint_every: int | None = None,
-        progress: bool | None = None,
+        **others: Unpack[SharedArguments],
     ) -> None:
         if fairness not in ("uniform", "strict"):
             raise ConfigurationError(f"fairness={fairness!r}: allowed are 'uniform' and 'strict'")
@@ -165,30 +148,11 @@ class SPOSTrainer(Trainer):
             raise ConfigurationError(f"limits: unknown costs {unknown}; allowed are {known}, or what cost= names")
         super().__init__(
             ScoredChoices(self.choices, limits or {}, lambda: self.candidates, self._recalibrate),
-            loss=loss,
-            metrics=metrics,
-            optimizer=optimizer,
             arch_optimizer=_still,
             num_epochs=num_epochs,
-            dataset=dataset,
-            arch_dataset=arch_dataset,
-            valid_dataset=valid_dataset,
             arch_fraction=arch_fraction,
-            warmup_epochs=warmup_epochs,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            log_frequency=log_frequency,
-            scheduler=scheduler,
-            warmup_scheduler=warmup_scheduler,
-            seed=seed,
-            precision=precision,
-            devices=devices,
-            strategy=strategy,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            progress=progress,
             regularizer=regularizer,
+            **known_arguments("SPOSTrainer", others),
         )
         self.limits, self.fairness = dict(limits or {}), fairness
         self.monitor, self.monitor_mode = monitor, monitor_mode
@@ -215,12 +179,11 @@ class SPOSTrainer(Trainer):
         for path in paths:
             for label, decision in self.decisions.items():
                 decision.set_sampler(OnePath(path[label]))
-            loss, output, target = self._forward(batch, self.loss, again=True)
-            self._check_finite({"loss": loss})
-            self.fabric.backward(loss)
-            self._note({"loss": loss, **self._measured(output, target)})
-        self._note(self._regularize_weights(loss))
-        self._step_weights()
+            loss, measured = self._backward("loss", batch, self.loss, again=True)
+            self._note({"loss": loss, **measured})
+        if self._ready([self._weight_optimizer], moves_statistics=True):
+            self._note(self._regularize_weights(loss))
+            self._step_weights()
 
     # ---- the search --------------------------------------------------------------------------------------------
 
@@ -265,6 +228,8 @@ class SPOSTrainer(Trainer):
     def _after_run(self) -> None:
         if not self.num_epochs:
             return
+        if self.average is not None:
+            self.average.adopt()  # what is scored is what is exported
         if self._search is None or self._searched_at != self.step:
             self._search, self._values, self._searched_at = self._new_search(), [], self.step
         self._evolve(self._search)
@@ -303,14 +268,14 @@ class SPOSTrainer(Trainer):
         with closing(line):
             while (choices := search.ask()) is not None:
                 # All processes score, as layers may talk to one another; the search is that of the first one.
-                values = self._on_first_process(self._scored(choices))
+                values = self.processes.from_first(self._scored(choices))
                 self._values.append(values)
                 search.tell(self.evaluator.score(values))
                 line.update({"best": search.best.score} if search.best is not None else {})
                 ends = not search.pending
                 if ends:
                     self._log_generation(search)
-                if ends or self._stop_signal is not None:
+                if ends or self._stop_signal:
                     self._maybe_checkpoint(at_epoch_end=True)
 
     def _scored(self, choices: Mapping[str, int]) -> Callable[[], dict[str, float]]:
@@ -325,7 +290,7 @@ class SPOSTrainer(Trainer):
             self._log.values("generation", "evolution", number, number, numbers)
 
     def _write_candidates(self) -> None:
-        if self.checkpoint_dir is None or not self.fabric.is_global_zero:
+        if self.checkpoint_dir is None or not self.processes.is_first:
             return
         of = {id(c.choices): values for c, values in zip(self.candidates, self._values, strict=True)}
         rows = [self._row(c, of[id(c.choices)]) for c in ranked(self.candidates)]
@@ -376,7 +341,7 @@ class SPOSTrainer(Trainer):
         self._space()  # InfeasibleTargetError
         for name in self.searched.names:
             self.choices.cost_model(name)
-        measured = self.costs.measures and self.fabric.is_global_zero
+        measured = self.costs.measures and self.processes.is_first
         if measured and self.checkpoint_dir is not None and self.latency_table is not None:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             self.latency_table.write(self.checkpoint_dir / "latency_table.yaml")

@@ -14,12 +14,13 @@ from ..cost.hardware import Hardware
 from ..errors import ConfigurationError
 from ..mutables.temperature import Temperature
 from ..pit import SuperNet
+from .arguments import known_arguments
 from .choices import Choices
 from .cost_loss import CostLoss
 from .costs import CostSources
 from .decidedness import Decidedness
 from .masks import Masks
-from .penalized import PenalizedArguments, PenalizedTrainer, known_arguments
+from .penalized import PenalizedArguments, PenalizedTrainer
 from .sampling import Sampling, as_temperature
 from .searched import Searched
 
@@ -138,7 +139,7 @@ class SuperNetTrainer(PenalizedTrainer):
             sampling=Sampling(sampling, hard, as_temperature(temperature)),
             decidedness=Decidedness(icv_strength, entropy_strength),
             cost_loss=_cost_loss(grad_reg_loss_type, grad_reg_loss_params, ref_latency, searched),
-            **known_arguments("SuperNetTrainer", others),
+            **known_arguments("SuperNetTrainer", others, PenalizedArguments),
         )
 
 
