@@ -223,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     curve = ("epoch", "phase", "loss", "acc1", "entropy", "changed", "latency_ms_soft", "latency_ms_hard", "cost_share")
     print(markdown_table([{key: record.get(key) for key in curve} for record in trainer.history]))
     print(f"\n{trainer.report(budget={'latency_ms': target})}", flush=True)
+    if not trainer.is_first_process:
+        return  # torchrun: for the rest, one is enough
     compare(target, train, test, args)
     print(f"search {searched - start:.0f} s, the rest {time.perf_counter() - searched:.0f} s")
 

@@ -130,6 +130,8 @@ def main() -> None:
     print(markdown_table([{key: record.get(key) for key in curve} for record in trainer.history]))
     print(f"\n{trainer.report(budget={'latency_ms': target})}", flush=True)
 
+    if not trainer.is_first_process:
+        return  # torchrun: for the rest, one is enough
     model, images = space(), (torch.rand(IMAGES),)
     latency = price(model, images, LatencyTable.read(out / "latency_table.yaml"))
     params, macs = count_params(model), count_macs(model, images)

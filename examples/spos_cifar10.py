@@ -198,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.table is not None and args.data is not None:
         truth = read_truth(args.table, macs, limit)
     trainer = search(images(args), macs, limit, args)
+    if not trainer.is_first_process:
+        return  # torchrun: for the rest, one is enough
     searched = time.perf_counter()
     baseline = trainer.random_search(seed=SEED)
     space, generator = FeasibleSpace(macs.sizes, {"macs": macs}, {"macs": limit}), torch.Generator().manual_seed(SEED)

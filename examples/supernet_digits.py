@@ -173,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(markdown_table([{key: record.get(key) for key in curve} for record in trainer.history]))
     print(f"\n{trainer.report()}\n", flush=True)
 
+    if not trainer.is_first_process:
+        return  # torchrun: for the rest, one is enough
     model = space()
     choices = to_compare(choices_of(model, out / "arch.json"), macs, target)
     archs = {name: arch_of(model, chosen) for name, chosen in choices.items()}

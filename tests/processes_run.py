@@ -15,7 +15,7 @@ import torch
 from tiny import WIDTH, Tiny, common, darts, digit_data, gumbel, proxyless, reinforce, spos, supernet
 from torch import Tensor, nn
 
-from oneshot import DUCCIO, PIT, LayerChoice, PITSuperNetTrainer, PITTrainer, Trainer, accuracy, arch_parameters
+from oneshot import DUCCIO, PIT, LayerChoice, PITSuperNetTrainer, PITTrainer, Trainer, accuracy, arch_parameters, sweep
 
 STEPS = 20
 
@@ -135,7 +135,7 @@ def everything(batch_size: int) -> dict[str, dict[str, Any]]:
 
 
 def of_every_step(folder: Path) -> dict[str, Any]:
-    """BatchNorm, dropout, a latency of this machine; a checkpoint in the middle of an epoch, and what follows from it."""
+    """BatchNorm, dropout, a latency of this machine; a checkpoint in the middle of an epoch, and what follows it."""
     settings = {"batch_size": 16, "cost": None, "applied_hardware": "this-machine", "ref_latency": 0.1}
     model = Tiny()
     trainer = proxyless(model, **settings, checkpoint_dir=folder, checkpoint_every=8, log_frequency=1)
@@ -153,10 +153,22 @@ def of_every_step(folder: Path) -> dict[str, Any]:
     again.loss = nn.functional.cross_entropy
     again.resume(kept)
     resumed = again.train()
-    same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.model.state_dict().values()))
+    states = model.state_dict(), again.model.state_dict()
+    same = all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     table = trainer.latency_table
     assert table is not None
     return {"history": history, "resumed": resumed, "same": same, "steps": again.step, "table": str(table.by_place)}
+
+
+def swept(folder: Path) -> list[dict[str, float]]:
+    """One search after the other, each by all processes."""
+
+    def factory(checkpoint_dir: str, **point: Any) -> PITTrainer:
+        changes = {"dataset": digit_data(128), "checkpoint_dir": checkpoint_dir, "targets": None, **point}
+        return pit(plain(), **changes, mask_learning_rate=0.3)
+
+    front = sweep(factory, strengths=[0.0, 1.0], directory=folder / "sweep", evaluate_on=digit_data(128))
+    return [dict(row.costs) for row in front.rows]
 
 
 if __name__ == "__main__":
@@ -164,4 +176,5 @@ if __name__ == "__main__":
     rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
     torch.manual_seed(rank)  # each begins with weights of its own; those of the first one count
     found: dict[str, Any] = {**everything(32), "in the middle": of_every_step(folder)}
+    found["sweep"] = swept(folder)
     torch.save(found, folder / f"process{rank}.pt")

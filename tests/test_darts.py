@@ -434,7 +434,12 @@ def test_defaults_of_the_paper() -> None:
     (group,) = trainer.arch_optimizer.param_groups
     assert type(trainer.arch_optimizer) is torch.optim.Adam
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.5, 0.999), 1e-3)
-    assert (trainer.clip.limits["weights"], trainer.arch_fraction, trainer.num_epochs, trainer.order) == (5.0, 0.5, 50, 1)
+    assert (trainer.clip.limits["weights"], trainer.arch_fraction, trainer.num_epochs, trainer.order) == (
+        5.0,
+        0.5,
+        50,
+        1,
+    )
 
 
 def test_random_alphas_are_drawn_at_the_start_of_the_search() -> None:

@@ -67,3 +67,9 @@ def test_a_checkpoint_of_two_processes_is_taken_up_bit_for_bit(of_two: list[dict
     assert first["table"] == second["table"]  # the first one has measured it
     # 205 samples of the weights' part, 2 x 16 per step: 6 steps in each of 3 epochs
     assert first["steps"] == 18
+
+
+def test_a_sweep_by_two_processes(of_two: list[dict[str, Any]]) -> None:
+    """The whole network, 8 * 10 + 8 * 73 + 90 parameters, and one unit and tap of each layer: 2 + 2 + 20."""
+    assert of_two[0]["sweep"] == of_two[1]["sweep"]
+    assert [costs["params"] for costs in of_two[0]["sweep"]] == [754.0, 24.0]

@@ -90,9 +90,10 @@ def measure_table(
         )
     args, _ = _copied(example_input if isinstance(example_input, tuple) else (example_input,), {})
     facts = runtime_facts(runtime, threads)
-    with measuring(threads), evaluated(model):
+    known = TimingCache(folder, facts)
+    with known.alone(), measuring(threads), evaluated(model):
         parts = _Parts(model, args)
-        timings = _timed(parts, TimingCache(folder, facts), runtime, threads, rounds, min_run_time, progress)
+        timings = _timed(parts, known, runtime, threads, rounds, min_run_time, progress)
         return parts.table(timings, facts)
 
 

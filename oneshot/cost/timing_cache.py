@@ -12,14 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 from ..errors import ConfigurationError
 from ..files import atomic_write, user_cache
 from .timing import Repetition, Round
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = ["TimingCache", "cache_folder"]
 
@@ -53,6 +58,26 @@ class TimingCache:
         self.runtime = dict(runtime)
         machine = hashlib.sha256(json.dumps(self.runtime, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = None if folder is None else folder / "latency" / machine
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process measures for this folder: it would be timed with us, and find other times.
+
+        It waits instead, and then finds ours, so that the processes of one search have one table.
+        """
+        file = None
+        if self.folder is not None and sys.platform != "win32":
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = (self.folder / "lock").open("w")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # a folder that cannot be written, or a file system without locks
+                pass
+        try:
+            yield
+        finally:
+            if file is not None:
+                file.close()
 
     def rounds(self, key: str, min_run_time: float) -> list[Round]:
         """The rounds of a measurement that took at least ``min_run_time`` seconds each."""

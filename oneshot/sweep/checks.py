@@ -26,8 +26,11 @@ _FORMAT = "oneshot-sweep"
 _VERSION = 1
 
 
-def check_trainer(made: Any, again: Any, folder: Path) -> None:
-    """Whether the two things that a factory made for one folder are trainers, each with its own network."""
+def check_trainer(made: Any, again: Any, folder: Path, *, is_parallel: bool) -> None:
+    """Whether the two things that a factory made for one folder are trainers, each with its own network.
+
+    ``is_parallel``: several searches run at a time.
+    """
     for trainer in (made, again):
         if not isinstance(trainer, Trainer):
             raise InputTypeError(
@@ -39,10 +42,10 @@ def check_trainer(made: Any, again: Any, folder: Path) -> None:
             f"{None if made.checkpoint_dir is None else str(made.checkpoint_dir)!r}; hand the first argument on as "
             "checkpoint_dir=, so that every point has its own folder"
         )
-    if made.fabric.world_size > 1:
+    if made.fabric.world_size > 1 and is_parallel:
         raise ConfigurationError(
-            f"sweep: the trainer has {made.fabric.world_size} processes; a search of a sweep is one process, and "
-            "workers= says how many searches run at a time: give devices=1"
+            f"sweep: the trainer has {made.fabric.world_size} processes; give it one, devices=1, for several searches "
+            "at a time, or workers=1 for one search after the other by all processes"
         )
     shared = {id(p) for p in made.model.parameters()} & {id(p) for p in again.model.parameters()}
     if made.model is again.model or shared:

@@ -104,10 +104,11 @@ def sweep(
     larger = larger_is_better(monitor, monitor_mode)
     place = _checked_directory(directory)
     check_backend(backend, workers)
-    if workers > 1 or backend == "ray":
+    is_parallel = workers > 1 or backend == "ray"
+    if is_parallel:
         check_travels("trainer_factory", trainer_factory)
         check_travels("evaluate_on", evaluate_on)
-    trainer = _checked_trainer(trainer_factory, points, place, monitor, evaluate_on, seed)
+    trainer = _checked_trainer(trainer_factory, points, place, monitor, evaluate_on, seed, is_parallel)
     given = _checked_warmup(warmup_from, trainer)
     check_identity(place, trainer, evaluate_on, given, seed)
     costs = swept_costs(points) or trainer.searched.names
@@ -166,6 +167,7 @@ def _checked_trainer(
     monitor: str,
     evaluate_on: Dataset[Any] | None,
     seed: int,
+    is_parallel: bool,
 ) -> Trainer:
     """A trainer of the first point that can be built, looked at; the first error if none can."""
     failures: list[OneshotError] = []
@@ -176,7 +178,7 @@ def _checked_trainer(
         except OneshotError as error:
             failures.append(error)
             continue
-        check_trainer(trainer, build_trainer(factory, folder, point, seed), folder)
+        check_trainer(trainer, build_trainer(factory, folder, point, seed), folder, is_parallel=is_parallel)
         check_compared(trainer, monitor, swept_costs(points), evaluate_on)
         return trainer
     raise failures[0]

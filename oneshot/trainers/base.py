@@ -259,12 +259,12 @@ class Trainer(ABC):
         Argmax of every choice, or what the masks keep; with ``budget`` (cost name -> limit) the most probable choices
         that keep it, exactly. ``best=False``: of the network as it is now, where a trainer keeps its best epoch. The
         network is rebuilt and compared with the searched one first; if they differ, ExportError says where and nothing
-        is written.
+        is written. Of several processes, the first one writes the file, and all have to call it.
         """
         with self._as_kept(best, budget), self._averaged():
             choices = self.searched.decide(self._limits(budget))
             verified_fixed(self.model, choices, self._examples())
-            if path is not None and self.processes.is_first:
+            if path is not None and self.is_first_process:
                 costs = {name: self.cost_model(name).of(choices) for name in ("params", *self.searched.names)}
                 created_by = {
                     "library": f"oneshot-nas {library_version()}",
@@ -275,7 +275,8 @@ class Trainer(ABC):
                     **self.costs.facts(),
                 }
                 write_arch(path, self.model, choices, costs=costs, created_by=created_by)
-            self.processes.wait()  # for the file, which is there for all of them from now on
+            if path is not None:
+                self.processes.wait()  # for the file, which is there for all of them from now on
             return arch_of(self.model, choices)
 
     def export_model(self, *, budget: Mapping[str, float] | None = None, best: bool = True) -> nn.Module:
@@ -306,6 +307,11 @@ class Trainer(ABC):
                     timing = time_module(plain.cpu(), args, runtime=runtime, threads=threads)
                 rows.append(ReportRow(name, cost.unit, targets.get(name), cost.of(choices), timing))
             return SearchReport(arch_of(self.model, choices), tuple(rows), self.costs.notes())
+
+    @property
+    def is_first_process(self) -> bool:
+        """Whether this process is the one that writes files; there is one more than that only with ``devices``."""
+        return self.processes.is_first
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that ``resume`` needs into one file, atomically. Of several processes, all have to call it.
@@ -711,6 +717,7 @@ class Trainer(ABC):
         if self._of_processes is not None:
             self._meters.load_state_dict(self._of_processes[self.fabric.global_rank]["meters"])
             self._of_processes = None
+        self.processes.check_alike({"space": fingerprint(self.model), **self._settings()})
         self.processes.share(list(self.model.state_dict().values()))
         n, n_arch = len(dataset), len(arch_dataset)  # type: ignore[arg-type]
         if n != n_arch:
@@ -736,7 +743,7 @@ class Trainer(ABC):
         for optimizer in self._optimizers:
             to_device_of_weights(optimizer)
         self._calibrate_regularizers()
-        if self.checkpoint_dir is not None and self.processes.is_first:
+        if self.checkpoint_dir is not None and self.is_first_process:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.checkpoint_dir)
         return weight_batches, arch_batches
@@ -899,7 +906,7 @@ class Trainer(ABC):
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Logs open, SIGTERM caught, and the run's random state kept for the next train()."""
-        writes = self.checkpoint_dir is not None and self.processes.is_first
+        writes = self.checkpoint_dir is not None and self.is_first_process
         self._stop_signal = 0
         with ExitStack() as stack:
             stack.callback(self._leave_run)

@@ -64,9 +64,8 @@ class DARTSTrainer(Trainer):
     with a strength or without, as in ``ProxylessTrainer``. BatchNorm statistics at the end are those of the mixture.
 
     Args:
-        model, loss, metrics, optimizer, dataset, valid_dataset, arch_dataset, arch_loss: as in ``ProxylessTrainer``,
-            and so are device, devices, strategy, precision, log_frequency, scheduler, warmup_scheduler, checkpoint_dir,
-            checkpoint_every, progress, and what costs are made of: cost, applied_hardware, missing, dummy_input.
+        model, loss, metrics, optimizer, dataset, arch_loss, what costs are made of (cost, applied_hardware, missing,
+            dummy_input), and all that is not named here: as in ``ProxylessTrainer``.
         num_epochs: search epochs; ``warmup_epochs`` epochs of weights alone come before them.
         order: 1, 2 or 'exact'. The latter two need ``torch.optim.SGD`` for the weights and full precision.
         arc_learning_rate: of Adam with betas (0.5, 0.999) and weight decay 1e-3 for the alphas; ``arch_optimizer``: a

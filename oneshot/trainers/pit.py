@@ -75,8 +75,8 @@ class PITTrainer(PenalizedTrainer):
             that meet the targets count, so it needs these; the warm-up is never cut short.
         scheduler, warmup_scheduler, finetune_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after every
             weight step.
-        seed, device, devices, strategy, precision, checkpoint_dir, checkpoint_every, log_frequency, progress: as in
-            ``ProxylessTrainer``. ``best.ckpt`` in ``checkpoint_dir``: the epoch that targets or validation chose.
+        All others as in ``ProxylessTrainer``. ``best.ckpt`` in ``checkpoint_dir``: the epoch that targets or validation
+            chose.
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))  # 4 * 8 + 8 + 8 * 2 + 2 = 58 parameters

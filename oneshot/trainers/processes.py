@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, final
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from ..errors import TrainingDivergedError
+from ..errors import ConfigurationError, TrainingDivergedError
 from .meters import Meters
 
 __all__ = ["Processes"]
@@ -118,6 +118,21 @@ class Processes:
             flat = self.fabric.broadcast(torch.cat([t.detach().flatten() for t in alike]))
             for tensor, value in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
                 tensor.copy_(value.view_as(tensor))
+
+    def check_alike(self, settings: Mapping[str, Any]) -> None:
+        """ConfigurationError unless all processes were started with these settings."""
+        if self.count == 1:
+            return
+        mine = {name: str(value) for name, value in settings.items()}
+        for rank, theirs in enumerate(self.gathered(mine)):
+            other = [name for name in mine if theirs.get(name) != mine[name]]
+            if other:
+                text = ", ".join(f"{name} {theirs.get(name)} there and {mine[name]} here" for name in other)
+                raise ConfigurationError(
+                    f"process {rank} of {self.count} was started with other settings than process "
+                    f"{self.fabric.global_rank}: {text}. What a script computes before the search, a measured latency "
+                    "say, has to be the same in all of them: read it from a file"
+                )
 
     def check_same(self, tensors: Sequence[Tensor]) -> None:
         """TrainingDivergedError unless these tensors of all processes add up to the same numbers."""

@@ -90,7 +90,22 @@ class ProxylessTrainer(Trainer):
         dataset: training set of (input, target) pairs. ``arch_fraction`` of it, stratified and seeded, is held out
             for the alphas. ``arch_dataset``: the same samples in the same order with other transforms, for them.
         valid_dataset: evaluated on the argmax path after each epoch; nothing is trained on it.
-        device, devices, strategy, precision: handed to Lightning Fabric; device None takes a GPU if there is one.
+        batch_size: per process. ``workers``: processes that load data; they change nothing in what is found.
+        device, accelerator, devices, num_nodes, strategy: handed to Lightning Fabric. Without ``device`` a GPU is taken
+            if there is one; without ``devices`` one, or what ``torchrun`` has started. With several, gradients,
+            statistics and metrics are means over all of them; ``'auto'`` is ``'ddp'`` then.
+        precision: ``'32-true'``, ``'bf16-mixed'`` or ``'16-mixed'``, which scales the loss and leaves a step out, as
+            ``overflows`` in the log, where gradients are too large. Weights, alphas and masks stay in float32.
+        compile: True, the name of a backend, or arguments of ``torch.compile``: the steps are compiled, candidate by
+            candidate; evaluation is not.
+        checkpoint_blocks: names of modules, or patterns as in ``'layers.*'``, that keep no activations: these are
+            computed again in the backward pass.
+        accumulate: every batch goes through the network in so many parts, in the memory of one; gradients are those of
+            the mean over the batch. BatchNorm sees a part.
+        grad_clip: largest norm of the gradient of the weights, or ``{'weights': ..., 'arch': ...}``; each parameter
+            group of an optimizer for itself.
+        ema_decay: of a moving average of the weights, 0.999 say, which is what is evaluated and exported; alphas and
+            masks have none.
         log_frequency: steps between two lines of ``log.jsonl``; epochs are always logged.
         arc_learning_rate: of Adam with betas (0, 0.999) and no weight decay for the alphas.
             ``mask_learning_rate``: for masks.
@@ -119,7 +134,8 @@ class ProxylessTrainer(Trainer):
             function of all that is measured, ``{'loss': ..., metrics}``. None: the first metric, or exp(-loss) if
             ``metrics=None``. ``cost_exponent``: w_j, one number or a mapping by cost.
         scheduler, warmup_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after every weight step.
-        seed: of the split, the order of the data, augmentation, dropout and paths.
+        seed: of the split, the order of the data, augmentation, dropout and paths. On the CPU, the same seed and the
+            same versions give the same architecture file.
         checkpoint_dir: where checkpoints, ``log.jsonl``, TensorBoard files and the measured table go;
             ``checkpoint_every``: steps between checkpoints besides those at the end of an epoch.
         progress: show a progress line; None: on a terminal.

@@ -70,10 +70,8 @@ class SPOSTrainer(Trainer):
     Scores of a supernet are good for ranking: train the found network on its own before reporting an accuracy.
 
     Args:
-        model, loss, metrics, optimizer, dataset, warmup_epochs, batch_size, workers, device, devices, strategy,
-            precision, log_frequency, scheduler, warmup_scheduler, seed, checkpoint_dir, checkpoint_every, progress,
-            cost, applied_hardware, missing, dummy_input: as in ``ProxylessTrainer``. Costs are followed; only limits
-            decide.
+        model, loss, metrics, optimizer, dataset, cost, applied_hardware, missing, dummy_input, and all that is not
+            named here: as in ``ProxylessTrainer``. Costs are followed; only limits decide.
         num_epochs: of uniform paths, before the evolution; with 0 there is no search at all.
         limits: cost name -> largest value of any architecture that is scored, for a cost of the run or a counted one:
             ``{'macs': 5e7}``. InfeasibleTargetError before the first step if nothing keeps them. ``targets``: the same.
