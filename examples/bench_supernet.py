@@ -10,7 +10,8 @@ Three spaces of MLPerf Tiny (``search_spaces/mlperf_tiny.py``), three rows each:
   network of one path. Paths differ, so each step is compared with the plain network of the path that it drew.
 * SPOS: the same with uniform paths.
 
-A step is forward, cross-entropy, backward and SGD with momentum. The two steps of a pair run one after the other in one
+A step is forward, cross-entropy, backward and SGD with momentum, as in a loop of one's own: for the steps of trainers
+see ``bench_step.py``. The two steps of a pair run one after the other in one
 process, in changing order; a ratio is of one pair, and the table gives their median and quartiles. The time is CPU time
 of the process with one thread (wall time on cuda). Bytes are those of the distinct storages that autograd keeps for the
 backward pass. PLiNIO's figures are those of its own networks of these names, measured on another machine.
@@ -21,23 +22,21 @@ Exits with 1 if a median is above its limit: the goal and, for times, some room 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from bench_pit import SLACK, plain_step, saved_bytes, wall_clock
+from bench_common import NOISE, batch_of, clock, plain_step, saved_bytes, sgd, without_choices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from oneshot import GumbelSoftmax, LayerChoice, SuperNet, UniformPath, draw, fixed, set_sampler
+from oneshot import GumbelSoftmax, SuperNet, UniformPath, draw, fixed, set_sampler
 from oneshot.mutables import Sampler
 from oneshot.trainers.modes import frozen_weights
 from search_spaces.mlperf_tiny import dscnn_supernet, mobilenet_v1_supernet, resnet8_supernet
@@ -74,20 +73,6 @@ class Result:
     bytes_ratio: float
 
 
-class PlainSum(nn.Module):
-    """The sum of all branches, as somebody would write it who searches nothing."""
-
-    def __init__(self, branches: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-
-    def forward(self, x: Tensor) -> Tensor:
-        total = self.branches[0](x)
-        for branch in self.branches[1:]:
-            total = total + branch(x)
-        return total
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=60, help="pairs of steps for each row")
@@ -111,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"  {GOALS[row]:6.2f}{plinio:>8}{result.bytes_ratio:8.3f}",
                 flush=True,
             )
-            if result.ratio > GOALS[row] + SLACK:
+            if result.ratio > GOALS[row] + NOISE:
                 failed.append(f"{case.name}/{row}")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
@@ -126,8 +111,8 @@ def mixture(case: Case, row: str, pairs: int, device: torch.device) -> Result:
     space = case.build().to(device).train()
     plain = without_choices(space)
     net = SuperNet(space, case.shape, cost=("params", "macs"))
-    x, y = batch_of(case, device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    x, y = batch_of(case.shape, case.batch, device)
+    optimizer = sgd(net.parameters())
 
     def loss() -> Tensor:
         task = F.cross_entropy(net(x), y)
@@ -143,16 +128,6 @@ def mixture(case: Case, row: str, pairs: int, device: torch.device) -> Result:
     return timed(case, row, [(plain_step(plain, x, y), step)], pairs, device, saved)
 
 
-def without_choices(space: nn.Module) -> nn.Module:
-    """A copy with plain sums in the places of choices."""
-    plain = copy.deepcopy(space)
-    for module in list(plain.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, LayerChoice):
-                setattr(module, name, PlainSum(list(child)))
-    return plain
-
-
 def single_paths(case: Case, row: str, pairs: int, device: torch.device) -> Result:
     """The weight step along a drawn path against the plain network of that path, which draws nothing."""
     torch.manual_seed(0)
@@ -160,8 +135,8 @@ def single_paths(case: Case, row: str, pairs: int, device: torch.device) -> Resu
     net = SuperNet(space, case.shape)
     sampler: Sampler = GumbelSoftmax(hard=True) if row == "GDAS" else UniformPath()
     alphas = [decision.alpha for decision in net.choices.values()]
-    x, y = batch_of(case, device)
-    optimizer = torch.optim.SGD(net.net_parameters(), lr=1e-3, momentum=0.9)
+    x, y = batch_of(case.shape, case.batch, device)
+    optimizer = sgd(net.net_parameters())
     set_sampler(net.choices, sampler)
     steps = []
     for seed in range(N_PATHS):
@@ -182,10 +157,6 @@ def single_paths(case: Case, row: str, pairs: int, device: torch.device) -> Resu
     return timed(case, row, steps, pairs, device, saved)
 
 
-def batch_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.randn(case.batch, *case.shape, device=device), torch.randint(2, (case.batch,), device=device)
-
-
 def timed(
     case: Case,
     row: str,
@@ -195,13 +166,12 @@ def timed(
     saved: float,
 ) -> Result:
     """Pairs of a plain step and a searched one, in changing order, going round ``steps``."""
-    clock = wall_clock if device.type == "cuda" else time.process_time
     times: list[list[float]] = [[], []]
     for pair in range(pairs + len(steps)):
         for which in (0, 1) if pair % 2 else (1, 0):
-            start = clock()
+            start = clock(device)
             steps[pair % len(steps)][which]()
-            times[which].append(clock() - start)
+            times[which].append(clock(device) - start)
     plain, searched = times[0][len(steps) :], times[1][len(steps) :]
     ratios = [s / p for s, p in zip(searched, plain, strict=True)]
     low, _, high = quantiles(ratios, n=4)

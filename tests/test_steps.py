@@ -12,10 +12,10 @@ import processes_run
 import pytest
 import torch
 from processes_run import SEARCHES, Simple
-from tiny import Tiny, darts, equal_states, gumbel, proxyless, reinforce, spos, supernet, tiny
+from tiny import darts, equal_states, gumbel, proxyless, reinforce, spos, supernet, tiny
 from torch import Tensor, nn
 
-from oneshot import Trainer, arch_parameters, weight_parameters
+from oneshot import PIT, PITTrainer, Trainer, arch_parameters, weight_parameters
 from oneshot.errors import ConfigurationError, TrainingDivergedError
 from oneshot.trainers.clipping import GradientClip
 from oneshot.trainers.finiteness import Finiteness
@@ -254,6 +254,33 @@ def test_recomputed_blocks_change_no_bit(build: Callable[..., Trainer], block: s
     assert equal_states(model.state_dict(), other.state_dict())
 
 
+# ---- compiled steps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [proxyless, supernet])
+def test_compiled_steps_are_the_steps(build: Callable[..., Trainer]) -> None:
+    """Each piece at most 4 times, though 18 weight steps draw many of the 4 * 3 * 2 paths; evaluation is not."""
+    model, other = tiny(), tiny()
+    trainer = build(model, compile="aot_eager")
+    history = trainer.train()
+    expected = build(other).train()
+    assert 0 < trainer.compilations.most <= 4
+    assert list(trainer.compilations.by_piece)[:2] == ["one.candidates.k1", "one.candidates.k3"]
+    for record, plain in zip(history, expected, strict=True):
+        assert record["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    for value, plain in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_masks_are_compiled_once_per_phase() -> None:
+    network = PIT(processes_run.plain(), (1, 8, 8))
+    settings = processes_run.of_masks(network, warmup_epochs=1, finetune_epochs=1, compile="aot_eager")
+    trainer = PITTrainer(network, **settings)
+    trainer.train()
+    assert trainer.compilations.by_piece.keys() == {"PIT"}
+    assert trainer.compilations.total <= 3
+
+
 # ---- numbers that are none -------------------------------------------------------------------------------------------
 
 
@@ -282,7 +309,6 @@ def test_no_checkpoint_holds_weights_that_are_no_numbers(build: Callable[..., Tr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_reinforce_has_the_same_options(tmp_path: Path) -> None:
+def test_all_of_it_at_once() -> None:
     history = reinforce(tiny(), accumulate=2, grad_clip=1.0, ema_decay=0.5, checkpoint_blocks=["one"]).train()
     assert [record["phase"] for record in history] == ["warmup", "search", "search"]
-    assert isinstance(Tiny(), nn.Module)

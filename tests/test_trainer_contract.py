@@ -206,6 +206,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"grad_clip": {"masks": 1.0}}, ConfigurationError, "weights.*arch"),
     ({"ema_decay": 1.0}, ConfigurationError, "decay=1.0"),
     ({"checkpoint_blocks": ["onne"]}, ConfigurationError, "onne.*one"),
+    ({"compile": "gcc"}, ConfigurationError, "no backend 'gcc'"),
     ({"compile": True, "checkpoint_blocks": ["one"]}, ConfigurationError, "give one of them"),
     ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)}, ConfigurationError, "none of its param"),
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,37 +25,80 @@ from .samplers import Gate
 __all__ = ["combine", "unchanged"]
 
 Evaluate = Callable[[int, Sequence[Tensor]], Any]
+Weighted = Callable[[int, Sequence[Tensor], Tensor], Any]
 
 
-def combine(gate: Gate, evaluate: Evaluate, inputs: Sequence[Tensor], describe: Callable[[int], str]) -> Any:
+def combine(
+    gate: Gate,
+    evaluate: Evaluate,
+    inputs: Sequence[Tensor],
+    describe: Callable[[int], str],
+    weighted: Weighted | None = None,
+) -> Any:
     """The gated sum of the options, in memory of its own.
 
     ``evaluate(k, inputs)`` returns the output of option k: a tensor, or a tuple, list or dict of tensors.
-    ``inputs``: the tensors the options read. ``describe(k)`` names option k in errors.
+    ``inputs``: the tensors the options read. ``describe(k)`` names option k in errors. ``weighted(k, inputs, w)``:
+    w >= 0 times that output, where the option can do this for less than a multiplication of it; else None.
     """
+    if len(gate.graph) > 1:
+        # EveryPath is for tracing, which has to see the parameters themselves.
+        folds = gate.convex and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return _mixture(gate, evaluate, inputs, describe, weighted if folds else None)
     learns = gate.weights.requires_grad and torch.is_grad_enabled()
     others = tuple(k for k in gate.run if k not in gate.graph) if learns else ()
     first = gate.graph[0]
-    if len(gate.graph) == 1 and not others:
+    if not others:
         output = evaluate(first, inputs)
         if not learns:
             return _own(output, inputs)
     else:
         with unchanged(inputs, partial(describe, first)):
             output = evaluate(first, inputs)
-    leaves, tree = pytree.tree_flatten(output)
-    alike = _Alike(tree, leaves, partial(describe, first))
-    if len(gate.graph) == 1:
-        echoed = _echo(gate, others, leaves, alike, evaluate, inputs, describe)
-        return pytree.tree_unflatten(echoed, tree)
-    outputs, read = [leaves], [*inputs, *leaves]
-    for k in gate.graph[1:]:
-        with unchanged(read, partial(describe, k)):
-            output = evaluate(k, inputs)
-        outputs.append(alike.leaves(output, partial(describe, k)))
-        read += outputs[-1]
-    weights = gate.weights if len(gate.graph) == len(gate.weights) else gate.weights[list(gate.graph)]
-    return pytree.tree_unflatten([_mixed(weights, column) for column in zip(*outputs, strict=True)], tree)
+    alike = _Alike(output, partial(describe, first))
+    leaves = alike.leaves(output, alike.name)
+    return pytree.tree_unflatten(_echo(gate, others, leaves, alike, evaluate, inputs, describe), alike.tree)
+
+
+def _mixture(
+    gate: Gate,
+    evaluate: Evaluate,
+    inputs: Sequence[Tensor],
+    describe: Callable[[int], str],
+    weighted: Weighted | None,
+) -> Any:
+    """sum_k w_k o_k: those that come with their weight in them are added, the others multiplied and added in one."""
+    weights = gate.weights.unbind()
+    alike: _Alike | None = None
+    total: list[Tensor] = []
+    bare: dict[int, list[Tensor]] = {}
+    n_added = 0
+    for k in gate.graph:
+        name = partial(describe, k)
+        with unchanged([*inputs, *total, *chain.from_iterable(bare.values())], name):
+            output = None if weighted is None else weighted(k, inputs, weights[k])
+            has_weight = output is not None
+            output = output if has_weight else evaluate(k, inputs)
+        alike = alike or _Alike(output, name)
+        leaves = alike.leaves(output, name)
+        if has_weight:
+            total = _sums(total, leaves, is_own=n_added > 1) if total else leaves
+            n_added += 1
+        else:
+            bare[k] = leaves
+        del output, leaves  # so that the next one has their memory
+    if bare:
+        chosen = gate.weights if len(bare) == len(weights) else torch.stack([weights[k] for k in bare])
+        mixed = [_mixed(chosen, column) for column in zip(*bare.values(), strict=True)]
+        total = _sums(mixed, total, is_own=True) if total else mixed
+    assert alike is not None
+    return pytree.tree_unflatten(total, alike.tree)
+
+
+def _sums(some: list[Tensor], others: list[Tensor], *, is_own: bool) -> list[Tensor]:
+    """Pairwise; in the memory of the first ones, where nobody else has it."""
+    pairs = zip(some, others, strict=True)
+    return [a.add_(b) if is_own and a.dtype == b.dtype else a + b for a, b in pairs]
 
 
 def _mixed(weights: Tensor, outputs: Sequence[Tensor]) -> Tensor:
@@ -114,18 +158,21 @@ def _own(output: Any, inputs: Sequence[Tensor]) -> Any:
     def is_input(tensor: Tensor) -> bool:
         return any(tensor is x for x in inputs) or any(tensor is x or tensor._base is x for x in roots)
 
+    if isinstance(output, Tensor):
+        return output.clone() if is_input(output) else output
     return pytree.tree_map_only(Tensor, lambda t: t.clone() if is_input(t) else t, output)
 
 
 class _Alike:
     """What the first option returned, and so all of them must: structure and shapes."""
 
-    def __init__(self, tree: pytree.TreeSpec, leaves: list[Any], name: Callable[[], str]) -> None:
-        self.tree, self.shapes, self.name = tree, _shapes_of(leaves, name), name
-        self.is_tensor = tree.is_leaf()
+    def __init__(self, output: Any, name: Callable[[], str]) -> None:
+        leaves, self.tree = pytree.tree_flatten(output)
+        self.shapes, self.name = _shapes_of(leaves, name), name
+        self.is_tensor = self.tree.is_leaf()
 
     def leaves(self, output: Any, name: Callable[[], str]) -> list[Tensor]:
-        """The tensors of another option in the order of the first one's, whatever the order of its dict."""
+        """The tensors of an option in the order of the first one's, whatever the order of its dict."""
         try:
             leaves = [output] if self.is_tensor else self.tree.flatten_up_to(output)
         except ValueError as error:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ArchMismatchError, ConfigurationError
 from .base import Mutable, unlabelled
+from .folding import last_affine, scaled
 from .gating import combine
 from .padding import Padding
 
@@ -17,6 +18,8 @@ __all__ = ["LayerChoice"]
 
 Candidate: TypeAlias = nn.Module | Callable[[Tensor], Tensor]
 Candidates: TypeAlias = Sequence[Candidate] | Mapping[str, Candidate] | nn.ModuleDict
+
+_WEIGHTS = 4  # A factor of a layer's weights is worth it if the inputs have so many times more elements.
 
 
 @final
@@ -73,9 +76,18 @@ class LayerChoice(Mutable):
                 output = candidates[k](*args, **kwargs)
             return output if padding is None else padding(output)
 
+        def weighted(k: int, tensors: Sequence[Tensor], weight: Tensor) -> Any:
+            layer = last_affine(candidates[k], sum(tensor.numel() for tensor in tensors) // _WEIGHTS)
+            if layer is None:
+                return None
+            args, kwargs = refilled(tensors)
+            with entering(candidates[k]), scaled(layer, weight):
+                output = candidates[k](*args, **kwargs)
+            return output if padding is None else padding(output)
+
         if padding is not None and not padding.is_known:
             padding.learn([evaluate(k, inputs) for k in range(len(candidates))])
-        return combine(self.gate(), evaluate, inputs, self._candidate)
+        return combine(self.gate(), evaluate, inputs, self._candidate, weighted)
 
     def index_of(self, decision: Any, where: str) -> int:
         # NNI writes indices for named candidates too, and the digits of an index as a string.

@@ -46,11 +46,13 @@ class Gate(NamedTuple):
     An option in ``run`` but not in ``graph`` has weight 0 in value; it is evaluated only for the gradient of
     its own weight, <dL/dy, o_k>, and skipped when no such gradient is asked for. Where ``graph`` holds a
     single option its weight is 1 in value, so that its output is passed on without a multiplication.
+    ``convex``: all weights are at least 0, whatever alpha is, as those of a softmax are.
     """
 
     weights: Tensor
     run: tuple[int, ...]
     graph: tuple[int, ...]
+    convex: bool = False
 
 
 class Sampler(ABC):
@@ -68,8 +70,15 @@ class Sampler(ABC):
     def probabilities(self, alpha: Tensor, drawn: Any) -> Tensor:
         """Shape (n,), differentiable: the distribution that the expected cost of this step uses."""
 
+    def reads_alpha(self) -> bool:
+        """Whether a draw depends on alpha. If none of a step does, no alpha is fetched from a GPU for it."""
+        return True
+
     def after_step(self, alpha: Tensor, before: Tensor, drawn: Any) -> None:
-        """Correct ``alpha`` in place after an optimizer step that started at ``before``; nothing by default."""
+        """Correct ``alpha`` in place after an optimizer step that started at ``before``; nothing by default.
+
+        It is not called after a draw that did not read alpha.
+        """
 
 
 @final
@@ -90,23 +99,26 @@ class Softmax(Sampler):
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
 
-    def draw(self, alpha: Tensor, generator: torch.Generator | None) -> None:
-        return None
+    def draw(self, alpha: Tensor, generator: torch.Generator | None) -> int | None:
+        return first_argmax(alpha.tolist()) if self.hard else None
+
+    def reads_alpha(self) -> bool:
+        return self.hard
 
     def gate(self, alpha: Tensor, drawn: Any) -> Gate:
-        soft, every = self.probabilities(alpha, drawn), tuple(range(alpha.numel()))
+        every = tuple(range(alpha.numel()))
         if not self.hard:
-            return Gate(soft, every, every)
-        best = first_argmax(alpha.detach().tolist())
-        return Gate(_straight_through(soft, best), every, (best,))
+            return Gate(self.probabilities(alpha, drawn), every, every, convex=True)
+        best = _likeliest(alpha, drawn)
+        return Gate(_hard_weights(self, alpha, drawn, best), every, (best,))
 
     def probabilities(self, alpha: Tensor, drawn: Any) -> Tensor:
-        return F.softmax(alpha / self.temperature, dim=0)
+        return _softmax(alpha, self.temperature)
 
 
 class _Noise(NamedTuple):
     noise: Tensor
-    chosen: int
+    chosen: int | None
 
 
 @final
@@ -127,18 +139,20 @@ class GumbelSoftmax(Sampler):
 
     def draw(self, alpha: Tensor, generator: torch.Generator | None) -> _Noise:
         noise = _gumbel(alpha, generator)
-        return _Noise(noise, int((alpha + noise).argmax()))
+        return _Noise(noise, int((alpha + noise).argmax()) if self.hard else None)
+
+    def reads_alpha(self) -> bool:
+        return self.hard
 
     def gate(self, alpha: Tensor, drawn: Any) -> Gate:
-        soft = self.probabilities(alpha, drawn)
         every = tuple(range(alpha.numel()))
         if not self.hard:
-            return Gate(soft, every, every)
-        return Gate(_straight_through(soft, drawn.chosen), every, (drawn.chosen,))
+            return Gate(self.probabilities(alpha, drawn), every, every, convex=True)
+        chosen = _needed(drawn, self).chosen
+        return Gate(_hard_weights(self, alpha, drawn, chosen), every, (chosen,))
 
     def probabilities(self, alpha: Tensor, drawn: Any) -> Tensor:
-        noise = _needed(drawn, self).noise.to(alpha)
-        return F.softmax((alpha + noise) / self.temperature, dim=0)
+        return _softmax(alpha + _to(_needed(drawn, self).noise, alpha), self.temperature)
 
 
 class _Paths(NamedTuple):
@@ -174,12 +188,11 @@ class BinaryGates(Sampler):
 
     def draw(self, alpha: Tensor, generator: torch.Generator | None) -> _Paths:
         # Largest perturbed keys first: exact sampling without replacement, and no zero probability to trip on.
-        order = (alpha + _gumbel(alpha, generator)).argsort(descending=True).tolist()
-        if self.paths == 1:
-            return _Paths(order[0], (order[0],))
-        if self.paths == "all":
-            return _Paths(order[0], tuple(range(len(order))))
-        pair = sorted(order[:2])
+        keys = alpha + _gumbel(alpha, generator)
+        if self.paths != 2:
+            active = int(keys.argmax())
+            return _Paths(active, (active,) if self.paths == 1 else tuple(range(len(keys))))
+        pair = sorted(keys.argsort(descending=True)[:2].tolist())
         keys = alpha[pair] + _gumbel(alpha[pair], generator)
         return _Paths(pair[int(keys.argmax())], tuple(pair))
 
@@ -187,21 +200,19 @@ class BinaryGates(Sampler):
         active, involved = _needed(drawn, self)
         if self.paths == 1:
             return _single(alpha, active)
-        soft = self.probabilities(alpha, drawn)
-        return Gate(_straight_through(soft, active), involved, (active,))
+        return Gate(_hard_weights(self, alpha, drawn, active), involved, (active,))
 
     def probabilities(self, alpha: Tensor, drawn: Any) -> Tensor:
         if self.paths != 2:
             return F.softmax(alpha, dim=0)
-        pair = list(_needed(drawn, self).involved)
-        index = torch.tensor(pair, device=alpha.device)
-        return torch.zeros_like(alpha).index_put((index,), F.softmax(alpha[index], dim=0))
+        return F.softmax(alpha + _log_of(alpha, _needed(drawn, self).involved), dim=0)
 
     @torch.no_grad()
     def after_step(self, alpha: Tensor, before: Tensor, drawn: Any) -> None:
         if self.paths == 2:
-            index = torch.tensor(drawn.involved, device=alpha.device)
-            alpha[index] += before.to(alpha)[index].logsumexp(0) - alpha[index].logsumexp(0)
+            log = _log_of(alpha, drawn.involved)
+            shift = (_to(before, alpha) + log).logsumexp(0) - (alpha + log).logsumexp(0)
+            alpha += shift * log.exp()
 
 
 @final
@@ -211,6 +222,9 @@ class UniformPath(Sampler):
 
     def draw(self, alpha: Tensor, generator: torch.Generator | None) -> int:
         return int(torch.randint(alpha.numel(), (), generator=generator))
+
+    def reads_alpha(self) -> bool:
+        return False
 
     def gate(self, alpha: Tensor, drawn: Any) -> Gate:
         return _single(alpha, _needed(drawn, self))
@@ -222,13 +236,13 @@ class UniformPath(Sampler):
 @final
 @dataclass(frozen=True)
 class Argmax(Sampler):
-    """The option with the largest current alpha, the first one of equals: what an export takes."""
+    """The option with the largest alpha, of now or of the draw, the first one of equals: what an export takes."""
 
-    def draw(self, alpha: Tensor, generator: torch.Generator | None) -> None:
-        return None
+    def draw(self, alpha: Tensor, generator: torch.Generator | None) -> int:
+        return first_argmax(alpha.tolist())
 
     def gate(self, alpha: Tensor, drawn: Any) -> Gate:
-        return _single(alpha, first_argmax(alpha.detach().tolist()))
+        return _single(alpha, _likeliest(alpha, drawn))
 
     def probabilities(self, alpha: Tensor, drawn: Any) -> Tensor:
         return self.gate(alpha, drawn).weights
@@ -244,6 +258,9 @@ class OnePath(Sampler):
     def draw(self, alpha: Tensor, generator: torch.Generator | None) -> None:
         return None
 
+    def reads_alpha(self) -> bool:
+        return False
+
     def gate(self, alpha: Tensor, drawn: Any) -> Gate:
         return _single(alpha, self.index)
 
@@ -258,6 +275,9 @@ class EveryPath(Sampler):
 
     def draw(self, alpha: Tensor, generator: torch.Generator | None) -> None:
         return None
+
+    def reads_alpha(self) -> bool:
+        return False
 
     def gate(self, alpha: Tensor, drawn: Any) -> Gate:
         every = tuple(range(alpha.numel()))
@@ -276,20 +296,52 @@ def first_argmax(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
+def _likeliest(alpha: Tensor, drawn: int | None) -> int:
+    # Without a draw alpha is looked at here, in every forward and for every label, which a GPU has to be waited for.
+    return first_argmax(alpha.detach().tolist()) if drawn is None else drawn
+
+
 def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return -torch.empty_like(like).exponential_(generator=generator).log()
+    return torch.empty_like(like).exponential_(generator=generator).log_().neg_()
+
+
+def _to(on_cpu: Tensor, like: Tensor) -> Tensor:
+    # A GPU takes so few numbers over without being waited for, unless one asks for it.
+    return on_cpu.to(like.device, like.dtype, non_blocking=True)
+
+
+def _log_of(alpha: Tensor, involved: Sequence[int]) -> Tensor:
+    """0 for these options, else -inf. An index tensor would be made on the CPU, and a GPU be waited for."""
+    log = torch.full_like(alpha, -math.inf, requires_grad=False)
+    for k in involved:
+        log[k].fill_(0)
+    return log
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    return F.softmax(logits if temperature == 1 else logits / temperature, dim=0)
+
+
+def _learns(alpha: Tensor) -> bool:
+    return alpha.requires_grad and torch.is_grad_enabled()
 
 
 def _single(alpha: Tensor, index: int) -> Gate:
+    return Gate(_one_hot(alpha, index), (index,), (index,))
+
+
+def _one_hot(alpha: Tensor, index: int) -> Tensor:
     weights = torch.zeros_like(alpha, requires_grad=False)
-    weights[index] = 1
-    return Gate(weights, (index,), (index,))
+    weights[index].fill_(1)  # on a GPU: an assignment would send a number there
+    return weights
 
 
-def _straight_through(soft: Tensor, index: int) -> Tensor:
-    """One-hot in value, the gradient of ``soft``."""
-    hard = torch.zeros_like(soft, requires_grad=False)
-    hard[index] = 1
+def _hard_weights(sampler: Sampler, alpha: Tensor, drawn: Any, index: int) -> Tensor:
+    """One-hot in value, with the gradient of the probabilities, if one is asked for (straight through)."""
+    hard = _one_hot(alpha, index)
+    if not _learns(alpha):
+        return hard
+    soft = sampler.probabilities(alpha, drawn)
     return hard + (soft - soft.detach())
 
 

@@ -320,13 +320,13 @@ class _FlatMasks(torch.autograd.Function):
         hard, soft = [one], [one]
         ctx.forced = None
         if masks.kernels:
-            scores = masks.tap_scores(size[units:])
+            scores = masks.tap_scores(size[units:] if units else size)
             beta, gamma = ctx.scores = scores.chunk(2)
             of_beta, of_gamma = ctx.flags = (scores > THRESHOLD).to(size.dtype).chunk(2)
             hard.insert(0, of_beta * of_gamma)
-            soft.insert(0, beta * gamma / masks.divisor)
+            soft.insert(0, (beta * gamma).div_(masks.divisor))
         if units:
-            theta = size[:units]
+            theta = size[:units] if masks.kernels else size
             kept, ctx.forced = masks.kept(theta)
             hard.insert(0, kept)
             soft.insert(0, theta if ctx.forced is None else theta.masked_fill(ctx.forced, 1.0))

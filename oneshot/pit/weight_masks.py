@@ -227,15 +227,16 @@ class _MaskedWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hard: Tensor, masks: WeightMasks, *weights: Tensor) -> tuple[Tensor, ...]:
-        factors = hard.index_select(0, masks.factors.flatten()).view(masks.factors.shape).unbind()
+        factors = hard.index_select(0, masks.factors.view(-1)).view(masks.factors.shape).unbind()
         vector = factors[0]
         for factor in factors[1:]:
             vector = vector * factor
-        ctx.masks, ctx.size = masks, len(hard)
+        pieces = masks.pieces(vector)
+        ctx.masks, ctx.size, ctx.pieces = masks, len(hard), pieces
         # The weights are parameters, which stay anyway: kept by hand, and watched by hand, they are not saved twice.
         ctx.factors, ctx.vector, ctx.weights = factors, vector, weights
         ctx.versions = None if torch.compiler.is_compiling() else [weight._version for weight in weights]
-        return tuple(w * m for w, m in zip(weights, _of_type(masks.pieces(vector), weights), strict=True))
+        return tuple(torch._foreach_mul(weights, _of_type(pieces, weights)))
 
     @staticmethod
     @once_differentiable
@@ -246,18 +247,20 @@ class _MaskedWeights(torch.autograd.Function):
             raise RuntimeError(
                 "weights of a PIT network were changed in place between its forward and its backward pass"
             )
-        given = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
         of_weights: list[Tensor | None] = [None] * len(weights)
-        if any(ctx.needs_input_grad[2:]):
-            pieces = _of_type(masks.pieces(vector), weights)
-            of_weights = [
-                None if g is None or not needed else g * m
-                for g, m, needed in zip(gradients, pieces, ctx.needs_input_grad[2:], strict=True)
-            ]
+        due = [(i, g) for i, g in enumerate(gradients) if g is not None and ctx.needs_input_grad[2 + i]]
+        if due:
+            pieces = _of_type([ctx.pieces[i] for i, _ in due], [weights[i] for i, _ in due])
+            for (i, _), product in zip(due, torch._foreach_mul([g for _, g in due], pieces), strict=True):
+                of_weights[i] = product
         if not ctx.needs_input_grad[0]:
             return None, None, *of_weights
-        products = [(g * w, dims) for g, w, dims in zip(given, weights, masks.sums, strict=True)]
-        sums = [(product.sum(dims) if dims else product).flatten() for product, dims in products]
+        given = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
+        products = torch._foreach_mul(given, weights)
+        sums = [
+            (product.sum(dims) if dims else product).flatten()
+            for product, dims in zip(products, masks.sums, strict=True)
+        ]
         of_vector = torch.cat(sums).to(vector.dtype)
         of_hard = vector.new_zeros(ctx.size)
         for i, places in enumerate(masks.factors):

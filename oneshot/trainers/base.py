@@ -34,7 +34,7 @@ from .batches import even_batches, example_inputs
 from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
 from .checks import check_one_batch
 from .clipping import GradientClip
-from .compilation import compiled
+from .compilation import Compilations, compile_arguments, compiled
 from .finiteness import Finiteness
 from .gradients import add_gradients
 from .loss_scale import LossScale
@@ -127,6 +127,7 @@ class Trainer(ABC):
         self.searched, self.costs = searched, searched.costs
         self.model = model = searched.model
         blocks_of(model, checkpoint_blocks)
+        compile_arguments(compile)
         self.decisions = decisions(model)
         self.targets = Targets(searched, targets)
         if not searched.costs.measures:
@@ -180,6 +181,7 @@ class Trainer(ABC):
         self._progress_before = 0.0  # of the search, in an earlier part of this run
         self._holds_kept = False  # whether the model is, or has become, that of a chosen epoch
         self._of_processes: list[dict[str, Any]] | None = None  # of a checkpoint, until it is known which one we are
+        self.compilations = Compilations([])
         self._stop_signal = 0
         self._log: RunLog | None = None
         self._log_size = 0
@@ -919,7 +921,7 @@ class Trainer(ABC):
             if self.checkpoint_dir is not None:
                 stack.enter_context(signal_handled(signal.SIGTERM, self._request_stop))
             stack.enter_context(recomputed(self.model, self.checkpoint_blocks))
-            stack.enter_context(compiled(self.model, self.compile))
+            self.compilations = stack.enter_context(compiled(self.model, self.compile))
             yield
 
     def _leave_run(self) -> None:

@@ -293,8 +293,10 @@ class DARTSTrainer(Trainer):
         if self.penalty is None and self.cost_loss.kind == "mul#log":
             least = self.choices.reachable(self.costs.names)  # where the search may come to
             self.cost_loss(torch.tensor(1.0), {k: torch.tensor(least[k][0]) for k in self.costs.names})
-        if self.order == "exact" and self.fabric.world_size > 1:
-            raise ConfigurationError(f"order='exact' on {self.fabric.world_size} processes: use order=2, or one device")
+        if self.order == "exact" and self.compile:
+            raise ConfigurationError("order='exact', compile: compiled steps have no second derivative; leave it out")
+        if self.order == "exact" and self.processes.count > 1:
+            raise ConfigurationError(f"order='exact' on {self.processes.count} processes: use order=2, or one device")
         if self.order == "exact" or (self.monitor is not None and self.monitor.early_stop.ratio is not None):
             self._check_differentiates_twice()
 

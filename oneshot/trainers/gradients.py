@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 __all__ = ["add_gradients", "weighted_gradients"]
 
+_SMALL = 4096  # elements of a gradient that is copied, to be read together with others
+
 
 def weighted_gradients(
     outputs: Mapping[str, Tensor], slopes: Mapping[str, Tensor | None], parameters: Sequence[nn.Parameter]
@@ -32,11 +34,26 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor
     >>> add_gradients([weight], [torch.tensor([0.0, -1.0])]), weight.grad  # 1 / (3 + 1)
     (tensor(0.2500), tensor([ 3., -1.]))
     """
-    norms = [torch.zeros((), device=parameters[0].device if parameters else None)] * 2
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if parameter.grad is not None:
-            norms[0] = norms[0] + parameter.grad.abs().sum()
-        if gradient is not None:
-            norms[1] = norms[1] + gradient.abs().sum()
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    there = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    added = [
+        (parameter, gradient) for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None
+    ]
+    norms = [_norm(some, parameters) for some in (there, [gradient for _, gradient in added])]
+    both = [(parameter, parameter.grad, gradient) for parameter, gradient in added if parameter.grad is not None]
+    for parameter, gradient in added:
+        if parameter.grad is None:
+            parameter.grad = gradient
+    # Not in place: two parameters may hold one tensor as their gradients.
+    sums = torch._foreach_add([old for _, old, _ in both], [new for _, _, new in both]) if both else ()
+    for (parameter, _, _), total in zip(both, sums, strict=True):
+        parameter.grad = total
     return norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)
+
+
+def _norm(gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The L1 norm of all of them, 0-dim; of the small ones, of which there are many, in a few operators."""
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device if parameters else None)
+    small = [g.flatten() for g in gradients if g.numel() <= _SMALL]
+    large = [g for g in gradients if g.numel() > _SMALL]
+    return torch.stack([part.abs().sum() for part in ([torch.cat(small)] if small else []) + large]).sum()

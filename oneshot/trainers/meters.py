@@ -34,8 +34,12 @@ class Meters:
     def add(self, values: Mapping[str, Tensor | float], weight: int = 1) -> None:
         """Add one value of each name, ``weight`` times."""
         for name, value in values.items():
-            number = _as_tensor(value).detach().to(torch.float64) * weight
-            self.sums[name] = self.sums[name] + number if name in self.sums else number
+            number = value.detach() if isinstance(value, Tensor) else value
+            if name in self.sums and (not isinstance(number, Tensor) or number.dim() == 0):
+                self.sums[name] = torch.add(self.sums[name], number, alpha=weight)  # float64, as the sum is
+            else:
+                number = _as_tensor(number).to(torch.float64) * weight
+                self.sums[name] = self.sums[name] + number if name in self.sums else number
             self.counts[name] = self.counts.get(name, 0) + weight
 
     def averages(self) -> dict[str, float]:
