@@ -17,6 +17,7 @@ __all__ = [
     "UnknownCostError",
     "UnsafePickleError",
     "UnsupportedModelError",
+    "WorkerDiedError",
 ]
 
 
@@ -73,6 +74,10 @@ class CheckpointError(OneshotError, RuntimeError):
 
 class TrainingDivergedError(OneshotError, ArithmeticError):
     """A loss became NaN or infinite; the message carries step, terms and the last good checkpoint."""
+
+
+class WorkerDiedError(OneshotError, RuntimeError):
+    """A process that loads data has died, killed by the system or by code in the dataset."""
 
 
 class InputTypeError(OneshotError, TypeError):

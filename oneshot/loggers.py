@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import ConfigurationError
+from .files import errors_about
 
 __all__ = ["JsonLines", "Progress", "TensorBoard", "markdown_table", "read_json_lines"]
 
@@ -58,7 +59,8 @@ class JsonLines:
                 "Make it first."
             )
         keep = _end_of_last_line(self.path) if size is None else _checked_size(self.path, size)
-        self._file = self.path.open("ab")
+        # Without a buffer: one would keep what a full disk refuses, and try it again at the next line.
+        self._file = self.path.open("ab", buffering=0)
         self._file.truncate(keep)
         self._size = keep
 
@@ -76,19 +78,30 @@ class JsonLines:
 
         Raises:
             ConfigurationError: a key is no string, or a value is none of these; nothing is written.
+            OSError: the disk is full, or the like; no half of the line stays.
         """
         content = _to_json(record, f"{self.path.name}: record")
         line = json.dumps(content, allow_nan=False).encode("ascii") + b"\n"
-        self._file.write(line)
-        self._file.flush()
+        with errors_about(self.path):
+            self._append(line)
         self._size += len(line)
+
+    def _append(self, line: bytes) -> None:
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self._size)
+            raise
 
     def sync(self) -> None:
         """Wait until the lines are on the disk (fsync).
 
         Called before a checkpoint stores ``size``, so that the log is not the shorter one after a power cut.
         """
-        os.fsync(self._file.fileno())
+        with errors_about(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -114,7 +127,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(
                 f"{path}, line {number}: not JSON ({error}); got {line[:60]!r}. Remove or repair this line."
             ) from error
@@ -181,19 +194,23 @@ class TensorBoard:
         purge_step: to resume a run, the first step that will be written again: TensorBoard then hides what
             an earlier event file of the folder holds from this step on.
 
-    Values are stored as float32, so a scalar reads back to about 7 digits; ``JsonLines`` is exact.
+    Values are stored as float32, so a scalar reads back to about 7 digits; ``JsonLines`` is exact. They are written by
+    a thread, so that an OSError (the disk is full, or the like) comes out of a later call.
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int | None = None) -> None:
         # Imported here: it takes a noticeable time, and only those who log to TensorBoard should wait for it.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(os.fspath(folder), purge_step=purge_step)
+        self._folder = Path(folder)
+        with errors_about(self._folder):
+            self._writer = SummaryWriter(os.fspath(folder), purge_step=purge_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point per value, in the chart of its key."""
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, global_step=step)
+        with errors_about(self._folder):
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, global_step=step)
 
     def probabilities(self, step: int, probabilities: Mapping[str, Sequence[float]]) -> None:
         """The probabilities of every label as a histogram ``probabilities/<label>``: bar i is option i.
@@ -201,32 +218,39 @@ class TensorBoard:
         Bar i has the height p_i and reaches from i − ½ to i + ½, so the axis reads as the option's index. The
         sums stored beside it are those of the random index: Σ p_i, Σ i·p_i and Σ i²·p_i.
         """
-        for label, p in probabilities.items():
-            # TensorBoard drops empty bars at both ends and stretches the outermost others to min and max;
-            # with these at the edges of the used bars, every bar keeps its place.
-            used = [i for i, p_i in enumerate(p) if p_i > 0] or [0, len(p) - 1]
-            self._writer.add_histogram_raw(
-                f"probabilities/{label}",
-                min=used[0] - 0.5,
-                max=used[-1] + 0.5,
-                num=sum(p),
-                sum=sum(i * p_i for i, p_i in enumerate(p)),
-                sum_squares=sum(i * i * p_i for i, p_i in enumerate(p)),
-                bucket_limits=[i + 0.5 for i in range(len(p))],
-                bucket_counts=list(p),
-                global_step=step,
-            )
+        with errors_about(self._folder):
+            for label, p in probabilities.items():
+                self._bars(step, f"probabilities/{label}", p)
+
+    def _bars(self, step: int, tag: str, p: Sequence[float]) -> None:
+        # TensorBoard drops empty bars at both ends and stretches the outermost others to min and max;
+        # with these at the edges of the used bars, every bar keeps its place.
+        used = [i for i, p_i in enumerate(p) if p_i > 0] or [0, len(p) - 1]
+        self._writer.add_histogram_raw(
+            tag,
+            min=used[0] - 0.5,
+            max=used[-1] + 0.5,
+            num=sum(p),
+            sum=sum(i * p_i for i, p_i in enumerate(p)),
+            sum_squares=sum(i * i * p_i for i, p_i in enumerate(p)),
+            bucket_limits=[i + 0.5 for i in range(len(p))],
+            bucket_counts=list(p),
+            global_step=step,
+        )
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """A text that TensorBoard shows as Markdown."""
-        self._writer.add_text(tag, markdown, global_step=step)
+        with errors_about(self._folder):
+            self._writer.add_text(tag, markdown, global_step=step)
 
     def flush(self) -> None:
         """Write what is still queued; it is otherwise written every two minutes and by ``close``."""
-        self._writer.flush()
+        with errors_about(self._folder):
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with errors_about(self._folder):
+            self._writer.close()
 
 
 class Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -210,6 +212,94 @@ def test_a_killed_process_leaves_the_old_file_and_one_removable_leftover(tmp_pat
     assert remove_leftovers(tmp_path) == [tmp_path / leftover]
     assert names(tmp_path) == ["a"]
     assert remove_leftovers(tmp_path) == []
+
+
+def test_the_next_write_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    package = str(Path(oneshot.files.__file__).parent)
+    for name in ("a", "b"):
+        killed = subprocess.run([sys.executable, "-c", KILLED, package, str(tmp_path / name)], check=False)
+        assert killed.returncode == 7
+    assert len(names(tmp_path)) == 2
+    (tmp_path / "kept").mkdir()
+    atomic_write(tmp_path / "kept" / "c", writing(b"1"))
+    assert len(names(tmp_path)) == 3
+    atomic_write(tmp_path / "c", writing(b"1"))
+    assert names(tmp_path) == ["c", "kept"]
+
+
+def test_a_file_that_is_being_written_is_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, previous = tmp_path / "a", tmp_path / "b"
+    seen = []
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"half")
+        seen.append((names(tmp_path), remove_leftovers(tmp_path)))
+        file.write(b" and half")
+
+    atomic_write(path, write)
+    replace = os.replace
+
+    def look_and_replace(source: Path, target: Path) -> None:
+        seen.append((names(tmp_path), remove_leftovers(tmp_path)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    atomic_write(path, write, keep_previous=previous)
+    assert [removed for _, removed in seen] == [[]] * 4
+    # In the first write; in the second one with the old file, then with its second name too, then with that in place.
+    assert [len(found) for found, _ in seen] == [1, 2, 3, 3]
+    assert (path.read_bytes(), previous.read_bytes()) == (b"half and half", b"half and half")
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_a_file_taken_before_it_had_its_lock_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, removed = oneshot.files.fcntl.flock, []
+
+    def too_late(descriptor: int, how: int) -> None:
+        if not removed:
+            removed.append(None)
+            removed.extend(remove_leftovers(tmp_path))
+        flock(descriptor, how)
+
+    monkeypatch.setattr(oneshot.files.fcntl, "flock", too_late)
+    atomic_write(tmp_path / "a", writing(b"1"))
+    assert len(removed) == 2
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert names(tmp_path) == ["a"]
+
+
+def test_without_locks_only_old_files_are_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    young, old = (tmp_path / f".oneshot-tmp-{digit * 16}" for digit in "ab")
+    young.write_bytes(b"1")
+    old.write_bytes(b"2")
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(oneshot.files.fcntl, "flock", raising(OSError(errno.ENOLCK, "no locks here")))
+    assert remove_leftovers(tmp_path) == [old]
+    atomic_write(tmp_path / "c", writing(b"3"))
+    assert names(tmp_path) == [young.name, "c"]
+
+
+def test_an_error_of_the_disk_comes_out_with_the_name_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the writer hides it: torch reports a full disk as 'unexpected pos 64 vs 0'."""
+
+    class Full(io.FileIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    def write(file: BinaryIO) -> None:
+        try:
+            file.write(b"x" * 100_000)
+        except OSError:
+            raise Injected from None
+
+    monkeypatch.setattr(io, "FileIO", Full)
+    for one in (write, lambda file: torch.save(torch.zeros(100_000), file), writing(b"1")):
+        with pytest.raises(OSError, match="no space left") as error:
+            atomic_write(tmp_path / "a", one)
+        assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+    assert names(tmp_path) == []
 
 
 def test_only_our_own_temporary_files_are_leftovers(tmp_path: Path) -> None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import shutil
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,59 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from killable_run import main as uninterrupted
 from tiny import digit_data, proxyless, tiny
 
 from oneshot import measure_table
 from oneshot.errors import CheckpointError
-from oneshot.loggers import read_json_lines
-
-HERE = Path(__file__).parent
-RESULTS = ("arch.json", "history.json", "log.jsonl")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    uninterrupted(folder, 0)
-    return folder
-
-
-def run(folder: Path, *arguments: object) -> int:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    command = [sys.executable, "-W", "error", str(HERE / "killable_run.py"), str(folder), *map(str, arguments)]
-    return subprocess.run(command, env=environment, check=False, timeout=300).returncode
-
-
-def assert_same_run(folder: Path, reference: Path) -> None:
-    for name in RESULTS:
-        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
-    one, other = (torch.load(f / "final.pt", weights_only=True) for f in (folder, reference))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[k], other[k]) for k in one)
-    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
-
-
-def test_killed_at_random_steps_and_while_writing(reference: Path, tmp_path: Path) -> None:
-    """The run has 15 weight steps and 5 arch steps; each process dies after a random number of loss calls."""
-    rng = random.Random(7)
-    for where, at in (("loss", rng.randint(2, 5)), ("fsync", 8), ("loss", rng.randint(4, 8))):
-        assert run(tmp_path, 0, int(signal.SIGKILL), at, where) == -signal.SIGKILL
-        assert not (tmp_path / "arch.json").exists()
-    assert run(tmp_path, 0) == 0
-    assert_same_run(tmp_path, reference)
-
-
-def test_sigterm_writes_a_checkpoint_and_another_worker_count_resumes(reference: Path, tmp_path: Path) -> None:
-    assert run(tmp_path, 2, int(signal.SIGTERM), 8) == 128 + signal.SIGTERM
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["last.ckpt", "log.jsonl", "previous.ckpt", "tensorboard"]
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    # call 1 is the trial batch, so call 8 is in step 7 or, if it is an arch step's, in the one that it belongs to
-    assert state["step"] in (6, 7)
-    assert read_json_lines(tmp_path / "log.jsonl")[-1]["step"] == state["step"]
-    uninterrupted(tmp_path, 0)
-    assert_same_run(tmp_path, reference)
 
 
 def test_resume_in_the_middle_of_every_phase(tmp_path: Path) -> None:

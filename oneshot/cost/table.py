@@ -38,6 +38,7 @@ from ..files import atomic_write
 from ..graph import Call, intersect, trace_calls, undecided_inside
 from ..mutables import InputChoice, Mutable, decisions
 from .model import CostModel, Term
+from .plain_yaml import ERRORS, load_yaml, no_duplicates
 
 __all__ = ["LatencyTable", "price"]
 
@@ -256,37 +257,15 @@ def _load(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            return json.loads(text, object_pairs_hook=_no_duplicates)
-        return yaml.load(text, Loader=_Loader)
+            return json.loads(text, object_pairs_hook=no_duplicates)
+        return load_yaml(text)
     except OSError as error:
         raise ConfigurationError(
             f"latency table {str(path)!r}: {error.strerror or error}. applied_hardware takes 'this-machine', "
             "'flops', a mapping, or the path of a YAML or JSON table"
         ) from error
-    # PyYAML lets these through from the values of damaged scalars: 2001-99-99, !!bool x, !!int '', !!timestamp x.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+    except ERRORS as error:
         raise ConfigurationError(f"{path}: neither YAML nor JSON: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only; a key that stands twice is an error, and not silently the later one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        if isinstance(node, yaml.MappingNode):
-            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            _check_once([value for _, value in keys], len(set(keys)))
-        return super().construct_mapping(node, deep)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    _check_once([key for key, _ in pairs], len(found))
-    return found
-
-
-def _check_once(keys: Sequence[str], n_different: int) -> None:
-    if n_different != len(keys):
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one mapping")
 
 
 def _named(data: Any, source: str) -> dict[str, Any]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import random
+import signal
 import warnings
 from collections.abc import Generator, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from multiprocessing.util import Finalize
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, get_worker_info
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, WorkerDiedError
 
-__all__ = ["BatchStream", "mix_seed"]
+__all__ = ["BatchStream", "mix_seed", "worker_deaths_named"]
 
 
 def mix_seed(*parts: int) -> int:
@@ -120,29 +125,40 @@ class BatchStream:
         """The batches number ``position``, ``position`` + 1, … without end, collated as DataLoader does.
 
         Skipped batches are not loaded. Loader processes start at the first batch, serve all passes,
-        and end when the generator is closed or garbage-collected.
+        and end when the generator is closed or garbage-collected. Until then a SIGTERM does not end them: a
+        scheduler sends it to every process, and the step that this process still makes may need a batch.
 
         Raises:
             ConfigurationError: position is negative.
+            WorkerDiedError: a loader process has died. What the dataset raises in one comes out as that type,
+                with the traceback from there in its text.
         """
         if position < 0:
             raise ConfigurationError(f"BatchStream.iterate: position is {position}; allowed is 0 or more.")
         return self._load(position)
 
     def _load(self, position: int) -> Generator[Any, None, None]:
+        is_over = multiprocessing.RawValue("b", 0)  # in memory that the loader processes share
         loader: DataLoader[Any] = DataLoader(
             _SeededSamples(self._dataset, self._seed),
             batch_sampler=self._batch_keys(position),
             num_workers=self.workers,
             # Without a generator of its own the loader draws one number from torch's global one.
             generator=torch.Generator().manual_seed(0),
+            worker_init_fn=partial(_outlive_sigterm, is_over),
         )
         with warnings.catch_warnings():
             # From Python 3.12 on fork() warns when torch's compute threads run, that is always; the
             # workers never call into those threads, they compute with one.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
             batches = iter(loader)
-        yield from batches
+        # Also at the end of the interpreter, which ends and awaits what is still there.
+        at_end = Finalize(None, _tell, args=(is_over,), exitpriority=0)
+        try:
+            with worker_deaths_named(), _broken_connections_named() if self.workers else nullcontext():
+                yield from batches
+        finally:
+            at_end()
 
     def _batch_keys(self, position: int) -> Iterator[list[tuple[int, int]]]:
         """(pass number, sample index) of every sample of this rank, batch by batch from ``position``."""
@@ -187,6 +203,55 @@ class _SeededSamples(Dataset[Any]):
         np.random.seed(seed >> 31)  # noqa: NPY002 - augmentation code uses the legacy generator
         random.seed(seed)
         return self.dataset[index]
+
+
+def _outlive_sigterm(is_over: Any, worker: int) -> None:
+    """In a loader process: SIGTERM ends it only when no more batches are wanted, as torch does when it gets stuck."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if is_over.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, handler)
+
+
+def _tell(is_over: Any) -> None:
+    is_over.value = 1
+
+
+@contextmanager
+def worker_deaths_named() -> Iterator[None]:
+    """Inside, the death of a loader process is a WorkerDiedError. torch reports it wherever the program then is.
+
+    >>> with worker_deaths_named():
+    ...     raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    oneshot.errors.WorkerDiedError: a loader process has died: DataLoader worker (pid 7) is killed by signal: Killed...
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise _death(error) from error
+
+
+@contextmanager
+def _broken_connections_named() -> Iterator[None]:
+    """Likewise where it is first seen as a connection that ends; what a dataset raises in a worker is "Caught ..."."""
+    try:
+        yield
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if str(error).startswith("Caught "):
+            raise
+        raise _death(error) from error
+
+
+def _death(error: Exception) -> WorkerDiedError:
+    return WorkerDiedError(
+        f"a loader process has died: {str(error).strip().rstrip('.') or type(error).__name__}. If the memory was full, "
+        "use fewer workers; with workers=0 an error of the dataset shows itself. Resume from the last checkpoint"
+    )
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,8 @@ __all__ = [
 
 _FORMAT = "oneshot-arch"
 _VERSION = 1
+_SHOWN_LABELS, _SHOWN_LETTERS = 20, 80  # in an error: a file may have a million labels
+_DEEPEST = 8  # lists in lists; a decision is one list at most
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,19 @@ def choices_of(model: nn.Module, arch: ArchSource) -> dict[str, Any]:
     if missing or extra:
         parts = []
         if missing:
-            parts.append(f"missing labels {missing}")
+            parts.append(f"missing labels {_shown(missing)}")
         if extra:
-            parts.append(f"labels {extra} that the model does not have")
+            parts.append(f"labels {_shown(extra)} that the model does not have")
         raise ArchMismatchError(
-            f"{file.source}: {' and '.join(parts)}; the model's labels are {list(known)}. "
+            f"{file.source}: {' and '.join(parts)}; the model's labels are {_shown(known)}. "
             "Build the model with the arguments it was searched with"
         )
     if isinstance(model, SearchModel):
         _check_space(file, offered)
-        model.check_arch(file.arch)
+        try:
+            model.check_arch(file.arch)
+        except ArchMismatchError as error:
+            raise ArchMismatchError(f"{file.source}: {error}") from error
         return dict(file.arch)
     known = decisions(model)
     choices = {x: d.members[0].index_of(file.arch[x], f"{file.source}: {x}") for x, d in known.items()}
@@ -181,12 +188,12 @@ def read_arch(source: ArchSource) -> ArchFile:
 def _parse(data: Mapping[str, Any], source: str) -> ArchFile:
     # Labels may be called "format" and "arch" too, but no decision is a mapping, and no sane one this format's name.
     if data.get("format") != _FORMAT and not isinstance(data.get("arch"), Mapping):
-        return ArchFile(dict(data), None, source)
+        return _file(data, None, source)
     if data.get("format") != _FORMAT:
-        raise ArchMismatchError(f"{source}: format {data.get('format')!r}, needed is {_FORMAT!r}")
+        raise ArchMismatchError(f"{source}: format {reprlib.repr(data.get('format'))}, needed is {_FORMAT!r}")
     version = data.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ArchMismatchError(f"{source}: version {version!r} is not a number this format has")
+        raise ArchMismatchError(f"{source}: version {reprlib.repr(version)} is not a number this format has")
     if version > _VERSION:
         raise ArchMismatchError(
             f"{source}: version {version}, this library reads up to {_VERSION}; install a newer oneshot-nas"
@@ -195,15 +202,37 @@ def _parse(data: Mapping[str, Any], source: str) -> ArchFile:
     if not isinstance(arch, Mapping):
         raise ArchMismatchError(f"{source}: 'arch' is a {type(arch).__name__}, an object is needed")
     if not isinstance(space, str):
-        raise ArchMismatchError(f"{source}: 'space' is {space!r}, the fingerprint of the space is needed")
+        raise ArchMismatchError(f"{source}: 'space' is {reprlib.repr(space)}, the fingerprint of the space is needed")
+    return _file(arch, space, source)
+
+
+def _file(arch: Mapping[str, Any], space: str | None, source: str) -> ArchFile:
+    for label, decision in arch.items():
+        if not isinstance(label, str) or _is_deep(decision, _DEEPEST):
+            raise ArchMismatchError(
+                f"{source}: label {reprlib.repr(label)}: no label with a decision: labels are text, and a decision is "
+                "a name, a number or a list"
+            )
     return ArchFile(dict(arch), space, source)
+
+
+def _is_deep(value: Any, left: int) -> bool:
+    inner: Iterable[Any] = value.values() if isinstance(value, Mapping) else value
+    nested = isinstance(value, Mapping | list | tuple)
+    return nested and (left == 0 or any(_is_deep(one, left - 1) for one in inner))
+
+
+def _shown(labels: Iterable[str]) -> str:
+    listed = [label if len(label) <= _SHOWN_LETTERS else f"{label[:_SHOWN_LETTERS]}..." for label in labels]
+    more = f" and {len(listed) - _SHOWN_LABELS} more" if len(listed) > _SHOWN_LABELS else ""
+    return f"{listed[:_SHOWN_LABELS]}{more}"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object")
+        (twice, _) = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {twice[:_SHOWN_LETTERS]!r} stands twice in one object")
     return found
 
 
@@ -236,7 +265,8 @@ def fixed_arch(source: ArchSource) -> Iterator[None]:
     unused = [label for label in file.arch if label not in context.built]
     if unused:
         raise ArchMismatchError(
-            f"{file.source}: labels {unused} that no mutable built here has; they have {sorted(context.built)}. "
+            f"{file.source}: labels {_shown(unused)} that no mutable built here has; they have "
+            f"{_shown(sorted(context.built))}. "
             "Build the model with the arguments it was searched with"
         )
     _check_space(file, context.built)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def check_identity(
 def _compare(path: Path, here: dict[str, Any]) -> None:
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the description of a sweep ({error}); give another directory") from error
     if not isinstance(there, dict):
         raise CheckpointError(
@@ -121,7 +122,7 @@ def _compare(path: Path, here: dict[str, Any]) -> None:
         )
     different = {key: (there.get(key), value) for key, value in here.items() if there.get(key) != value}
     if different:
-        text = ", ".join(f"{k} {was!r} there and {now!r} here" for k, (was, now) in different.items())
+        text = ", ".join(f"{k} {reprlib.repr(was)} there and {now!r} here" for k, (was, now) in different.items())
         raise CheckpointError(f"{path}: the directory is of another sweep: {text}. Give another directory")
 
 

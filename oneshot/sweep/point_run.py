@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -84,8 +85,13 @@ def _write_result(row: FrontRow) -> None:
     atomic_write(row.folder / RESULT, lambda file: file.write(text.encode("utf-8")))
 
 
-def read_result(folder: Path, point: Point) -> FrontRow | None:
-    """The row of a search that is done, or None; CheckpointError for a file that is damaged or of another point."""
+def read_result(
+    folder: Path, point: Point, *, costs_of: Collection[str] = (), metrics_of: Collection[str] = ()
+) -> FrontRow | None:
+    """The row of a search that is done, or None; CheckpointError for a file that is damaged or of another point.
+
+    ``costs_of``, ``metrics_of``: the numbers that rows are compared by, which have to be there.
+    """
     path = folder / RESULT
     if not path.exists():
         return None
@@ -94,8 +100,11 @@ def read_result(folder: Path, point: Point) -> FrontRow | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         known = [data[key] for key in ("format", "version", "point")]
         costs, metrics = ({k: float(v) for k, v in data[key].items()} for key in ("costs", "metrics"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the result of a search ({error}){what_to_do}") from error
     if known != [_FORMAT, _VERSION, point]:
-        raise CheckpointError(f"{path}: {known}, needed is {[_FORMAT, _VERSION, point]}{what_to_do}")
+        raise CheckpointError(f"{path}: {reprlib.repr(known)}, needed is {[_FORMAT, _VERSION, point]}{what_to_do}")
+    missing = [name for name in costs_of if name not in costs] + [name for name in metrics_of if name not in metrics]
+    if missing:
+        raise CheckpointError(f"{path}: the result of a search without {missing}{what_to_do}")
     return FrontRow(point, folder, costs, metrics)

@@ -115,7 +115,8 @@ def sweep(
     warmup = _warmed_up(trainer_factory, points, place, given, seed) if trainer.warmup_epochs else None
     del trainer  # its network is not needed any more
     runs = [PointRun(trainer_factory, p, place / folder_name(p), warmup, evaluate_on, seed) for p in points]
-    rows = {run.folder: row for run in runs if (row := read_result(run.folder, run.point)) is not None}
+    found = [read_result(run.folder, run.point, costs_of=costs, metrics_of=(monitor,)) for run in runs]
+    rows = {row.folder: row for row in found if row is not None}
     left = [run for run in runs if run.folder not in rows]
 
     def written() -> Front:

@@ -31,7 +31,18 @@ from ..regularizers.base import Sum
 from .arguments import SchedulerFactory
 from .averaging import WeightAverage
 from .batches import even_batches, example_inputs
-from .checkpoint import LAST, check_fits, read_checkpoint, write_checkpoint
+from .checkpoint import LAST, read_checkpoint, write_checkpoint
+from .checkpoint_fit import (
+    check_argmax,
+    check_fits,
+    check_history,
+    check_like,
+    check_optimizer,
+    check_regularizer,
+    check_scheduler,
+    check_targets_state,
+)
+from .checkpoint_kinds import record
 from .checks import check_one_batch
 from .clipping import GradientClip
 from .compilation import Compilations, compile_arguments, compiled
@@ -179,6 +190,7 @@ class Trainer(ABC):
         self._scheduler_state: dict[str, Any] | None = None
         self._phase_of_step = "warmup"  # of the last one
         self._progress_before = 0.0  # of the search, in an earlier part of this run
+        self._read_from = ""  # the checkpoint that this run goes on from
         self._holds_kept = False  # whether the model is, or has become, that of a chosen epoch
         self._of_processes: list[dict[str, Any]] | None = None  # of a checkpoint, until it is known which one we are
         self.compilations = Compilations([])
@@ -383,8 +395,33 @@ class Trainer(ABC):
         if different:
             text = ", ".join(f"{k} {was!r} there and {now!r} here" for k, (was, now) in different.items())
             raise CheckpointError(f"{where}: made with other settings: {text}")
-        check_fits(state["model"], self.model, where)
+        self._check_parts(state, where, own)
+        self._read_from = where
         return state
+
+    def _check_parts(self, state: Mapping[str, Any], where: str, own: bool) -> None:
+        """CheckpointError unless all that is taken from a checkpoint fits this trainer: then nothing can fail."""
+        check_fits(state["model"], self.model, f"{where}: model")
+        check_optimizer(state["optimizer"], self.optimizer, f"{where}: optimizer")
+        check_argmax(state["argmax"], self._argmax, f"{where}: argmax")
+        check_history(state["history"], [f"{name}_hard" for name in self.targets.by_cost], f"{where}: history")
+        if len(state["processes"]) != self.fabric.world_size:
+            raise CheckpointError(f"{where}: of {len(state['processes'])} processes, here are {self.fabric.world_size}")
+        followed = None if self.average is None else self.average.state_dict()
+        for name, mine in (("average", followed), ("scaler", self.scale.state_dict())):
+            if mine is not None:
+                check_like(state[name] or {}, mine, f"{where}: {name}")
+        parts = (*self._of_weights, *(self._of_costs if own else ()))
+        n = len(state["regularizers"])
+        if n < len(parts) or (own and n != len(parts)):
+            raise CheckpointError(f"{where}: regularizers: states of {n}, here are {len(parts)}")
+        for k, (part, of_part) in enumerate(zip(parts, state["regularizers"], strict=False)):
+            check_regularizer(of_part, part.state_dict(), f"{where}: regularizers[{k}]")
+        if own:
+            check_optimizer(state["arch_optimizer"], self.arch_optimizer, f"{where}: arch_optimizer")
+            check_optimizer(state["finetune_optimizer"], self.finetune_optimizer, f"{where}: finetune_optimizer")
+            check_targets_state(state["targets"], list(self.targets.by_cost), f"{where}: targets")
+            self._check_own_state(state["own"], f"{where}: own")
 
     def _take(self, state: Mapping[str, Any]) -> None:
         """All of a checkpoint but what is of the search, or of what comes after it."""
@@ -463,6 +500,10 @@ class Trainer(ABC):
     def _own_state(self) -> dict[str, Any]:
         """What else a checkpoint holds, tensors and plain data."""
         return {}
+
+    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
+        """CheckpointError unless it is what ``_own_state`` returns, and ``_load_own_state`` can take over."""
+        record()(state, where)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         """Take over what ``_own_state`` returned."""
@@ -786,6 +827,7 @@ class Trainer(ABC):
             lrs = [group["lr"] for group in groups]
             self._build_scheduler()
             if self.scheduler is not None and scheduler is not None:
+                check_scheduler(scheduler, self.scheduler.state_dict(), self.step, f"{self._read_from}: scheduler")
                 self.scheduler.load_state_dict(scheduler)
             for group, lr in zip(groups, lrs, strict=True):
                 group["lr"] = lr

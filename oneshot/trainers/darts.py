@@ -19,6 +19,7 @@ from ..regularizers import Regularizer
 from .arguments import SharedArguments, known_arguments
 from .base import Trainer
 from .batches import even_batches
+from .checkpoint_kinds import list_of, optional, record, row_of, tensor_like, text, whole
 from .choices import Choices
 from .collapse import CollapseMonitor, EarlyStop, Stopped
 from .cost_loss import DEFAULT_REFERENCE, CostLoss
@@ -330,6 +331,10 @@ class DARTSTrainer(Trainer):
             "stopped": None if self.stopped is None else list(self.stopped),
             "past": [] if self.monitor is None else self.monitor.state(),
         }
+
+    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
+        of_epoch = record(**{label: tensor_like(d.alpha) for label, d in self.decisions.items()})
+        record(stopped=optional(row_of(whole, whole, text)), past=list_of(of_epoch))(state, where)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         self.stopped = None if state["stopped"] is None else Stopped(*state["stopped"])

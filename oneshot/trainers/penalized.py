@@ -19,6 +19,8 @@ from .arguments import SchedulerFactory, SharedArguments
 from .base import Trainer
 from .batches import even_batches
 from .checkpoint import BEST
+from .checkpoint_fit import check_fits
+from .checkpoint_kinds import optional, record
 from .cost_loss import CostLoss
 from .decidedness import Decidedness
 from .gradients import add_gradients, weighted_gradients
@@ -335,6 +337,9 @@ class PenalizedTrainer(Trainer):
 
     def _own_state(self) -> dict[str, Any]:
         return {"best": self._best}
+
+    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
+        record(best=optional(lambda best, at: check_fits(best, self.model, at)))(state, where)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         self._best = state["best"]

@@ -20,6 +20,7 @@ from ..regularizers import Regularizer
 from .arguments import SharedArguments, known_arguments
 from .base import Trainer
 from .batches import even_batches
+from .checkpoint_kinds import number, optional, record
 from .choices import Choices
 from .cost_loss import DEFAULT_REFERENCE, CostLoss
 from .costs import CostSources
@@ -427,6 +428,9 @@ class ProxylessTrainer(Trainer):
 
     def _own_state(self) -> dict[str, Any]:
         return {"baseline": self.baseline}
+
+    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
+        record(baseline=optional(number))(state, where)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         self.baseline = state["baseline"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -20,8 +21,10 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, size: int, step: int) -> None:
-        self._lines = JsonLines(folder / "log.jsonl", size)
-        self._board = TensorBoard(folder / "tensorboard", purge_step=step or None)
+        with ExitStack() as stack:
+            self._lines = stack.enter_context(JsonLines(folder / "log.jsonl", size))
+            self._board = TensorBoard(folder / "tensorboard", purge_step=step or None)
+            stack.pop_all()
 
     @property
     def size(self) -> int:
@@ -51,5 +54,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lines.close()
-        self._board.close()
+        try:
+            self._lines.close()
+        finally:
+            self._board.close()

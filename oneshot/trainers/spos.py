@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 from ..cost import COUNTED, Cost, CostSpec
 from ..cost.hardware import Hardware
 from ..data import BatchStream, Split, mix_seed
-from ..errors import ConfigurationError, TrainingDivergedError
+from ..errors import CheckpointError, ConfigurationError, TrainingDivergedError
 from ..export import arch_of
 from ..files import atomic_write
 from ..graph import evaluated
@@ -27,6 +27,17 @@ from ..regularizers import Regularizer
 from .arguments import SharedArguments, known_arguments
 from .base import Trainer
 from .batches import even_batches
+from .checkpoint_kinds import (
+    any_number,
+    generator_state,
+    index_below,
+    list_of,
+    mapping_of,
+    optional,
+    record,
+    row_of,
+    whole,
+)
 from .choices import Choices
 from .costs import CostSources
 from .evaluator import PathEvaluator, pinned
@@ -366,6 +377,16 @@ class SPOSTrainer(Trainer):
     def _own_state(self) -> dict[str, Any]:
         search = None if self._search is None else self._search.state_dict()
         return {"search": search, "values": self._values, "searched_at": self._searched_at}
+
+    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
+        key = row_of(*(index_below(len(d.options)) for d in self.decisions.values()))
+        candidates = list_of(row_of(key, any_number))
+        search = record(generation=whole, candidates=candidates, pending=list_of(key), generator=generator_state)
+        values = list_of(mapping_of(any_number))
+        record(search=optional(search), values=values, searched_at=whole)(state, where)
+        n = 0 if state["search"] is None else len(state["search"]["candidates"])
+        if len(state["values"]) != n:
+            raise CheckpointError(f"{where}: {n} candidates with the values of {len(state['values'])}")
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         self._search, self._values, self._searched_at = None, list(state["values"]), state["searched_at"]

@@ -96,6 +96,10 @@ class _ZipFile(ZipFile):
         super().extractall(path, members, pwd)
 
 
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and len(value) <= 64 else reprlib.repr(value)
+
+
 def check_hashes(place: Place, files: Mapping[str, str]) -> None:
     """Every file is the one that was downloaded; files that were put there by other means have no hash to compare."""
     path = place.folder / f"{place.name}.sha256.json"
@@ -108,6 +112,6 @@ def check_hashes(place: Place, files: Mapping[str, str]) -> None:
         if name in remembered and remembered[name] != sha256:
             raise ConfigurationError(
                 f"predictor {place.name!r}: {place.folder / name} has changed since its download: sha256 then "
-                f"{remembered[name]}, now {sha256}. Move the folder away to download it again, or, if the change is "
-                f"yours, remove {path}"
+                f"{_shown(remembered[name])}, now {sha256}. Move the folder away to download it again, or, "
+                f"if the change is yours, remove {path}"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ class ForestCache:
         except (OSError, ValueError, RecursionError):
             return {}  # it is made again
         entries = index.items() if isinstance(index, dict) else ()
-        return {key: entry for key, entry in entries if isinstance(entry, list) and len(entry) == 3}
+        return {key: entry for key, entry in entries if _is_entry(entry)}
 
     def _write(self, write: Callable[[], object]) -> None:
         if self.problem is not None:
@@ -99,6 +100,12 @@ class ForestCache:
                 f"the cache {self._folder} cannot be written: {error}. Predictors are read from their pickles each "
                 "time, which takes longer. Set ONESHOT_CACHE to a folder that can be written"
             )
+
+
+def _is_entry(entry: Any) -> bool:
+    """Size, time of change, and a sha256, which is part of a file's name."""
+    kinds = [type(part) for part in entry] if isinstance(entry, list) else []
+    return kinds == [int, int, str] and re.fullmatch("[0-9a-f]{64}", entry[2]) is not None
 
 
 def _state(path: Path) -> list[int]:

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from packaging.version import InvalidVersion, parse
 
 from ...errors import ConfigurationError
+from ..plain_yaml import ERRORS, load_yaml
 from .package import INSTALL
 
 __all__ = ["RULES", "Place", "data_folder", "is_plain", "place_of", "read_mapping"]
 
 RULES = "fusion_rules.json"
+_LONGEST = 200  # characters of a name or version
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def place_of(hardware: str | Path) -> Place:
 
 
 def _of_folder(folder: Path) -> Place:
-    meta = read_mapping(folder / "meta.yaml", yaml.safe_load) if (folder / "meta.yaml").is_file() else {}
+    meta = read_mapping(folder / "meta.yaml", load_yaml) if (folder / "meta.yaml").is_file() else {}
     if meta.get("kernel_predictors") is None:
         kernels = tuple(sorted(path.stem for path in folder.glob("*.pkl") if not path.name.startswith(".")))
     else:
@@ -72,13 +73,13 @@ def _of_folder(folder: Path) -> Place:
         raise ConfigurationError(
             f"predictor {str(folder)!r}: no <kernel>.pkl file in this folder; at least 1 is needed"
         )
-    name = str(meta.get("name", folder.resolve().name))
-    return Place(name, _version(meta), folder, kernels, f"folder {folder.resolve()}")
+    name = _text(meta.get("name", folder.resolve().name), "name", folder / "meta.yaml")
+    return Place(name, _version(meta, folder / "meta.yaml"), folder, kernels, f"folder {folder.resolve()}")
 
 
 def _of_entry(name: str, entry: Mapping[str, Any]) -> Place:
     where = f"nn-Meter's entry {name!r}"
-    kernels, version = _kernels(entry.get("kernel_predictors"), where), _version(entry)
+    kernels, version = _kernels(entry.get("kernel_predictors"), where), _version(entry, where)
     url, location = entry.get("download"), entry.get("package_location")
     if isinstance(url, str):  # nn-Meter looks for this one first
         if not is_plain(name):
@@ -104,8 +105,14 @@ def is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
-def _version(entry: Mapping[str, Any]) -> str:
-    return str(entry.get("version", "unknown"))
+def _version(entry: Mapping[str, Any], where: str | Path) -> str:
+    return _text(entry.get("version", "unknown"), "version", where)
+
+
+def _text(value: Any, key: str, where: str | Path) -> str:
+    if value is not None and (not isinstance(value, str | int | float) or len(str(value)) > _LONGEST):
+        raise ConfigurationError(f"{where}: {key!r} is {reprlib.repr(value)}; a text is needed")
+    return str(value)
 
 
 def _known() -> dict[str, list[dict[str, Any]]]:
@@ -118,7 +125,7 @@ def _known() -> dict[str, list[dict[str, Any]]]:
 
 
 def _entries(path: Path) -> dict[str, list[dict[str, Any]]]:
-    listed = _read(path, yaml.safe_load)
+    listed = _read(path, load_yaml)
     if not isinstance(listed, list):
         raise ConfigurationError(f"{path}: a list of predictors is needed, got a {type(listed).__name__}")
     entries: dict[str, list[dict[str, Any]]] = {}
@@ -133,8 +140,9 @@ def _newest(name: str, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(different) == 1:
         return different[0]
     try:
-        newest = max(parse(_version(entry)) for entry in different)
-        found = [entry for entry in different if parse(_version(entry)) == newest]
+        where = f"nn-Meter's entries {name!r}"
+        newest = max(parse(_version(entry, where)) for entry in different)
+        found = [entry for entry in different if parse(_version(entry, where)) == newest]
     except InvalidVersion as error:
         raise ConfigurationError(f"nn-Meter's entries {name!r}: which is the newest is not clear: {error}") from error
     if len(found) > 1:
@@ -161,7 +169,7 @@ def data_folder() -> Path:
     settings = _configuration() / "settings.yaml"
     if not settings.is_file():
         return Path(os.path.expanduser("~/.nn_meter/data"))
-    folder = read_mapping(settings, yaml.safe_load).get("data_folder")
+    folder = read_mapping(settings, load_yaml).get("data_folder")
     if not isinstance(folder, str):
         raise ConfigurationError(f"{settings}: 'data_folder' is {reprlib.repr(folder)}; the path of a folder is needed")
     return Path(folder)
@@ -179,6 +187,5 @@ def _read(path: Path, reader: Callable[[str], Any]) -> Any:
         return reader(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror or error}") from error
-    # PyYAML lets the others through from the values of damaged scalars.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+    except ERRORS as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from .download import check_hashes, download
 from .forest import Forest
 from .forest_cache import ForestCache
 from .places import RULES, place_of, read_mapping
+
+_MOST_RULES, _MOST_OPERATORS = 10_000, 20  # 200 and 4 in nn-Meter's own files
 
 __all__ = ["PredictorSet", "check_hardware", "load_predictor_set"]
 
@@ -75,13 +78,27 @@ def load_predictor_set(
     kept = ForestCache(user_cache() if cache is None else Path(cache))
     hashes = {name: kept.sha256(place.folder / name) for name in place.files()}
     check_hashes(place, hashes)
-    read_mapping(place.folder / RULES, json.loads)
+    _check_rules(place.folder / RULES)
     forests = {k: kept.forest(place.folder / f"{k}.pkl", hashes[f"{k}.pkl"]) for k in place.kernels}
     kept.write_index()
     if kept.problem is not None:
         warnings.warn(kept.problem, stacklevel=2)
     rules = (place.folder / RULES).absolute()
     return PredictorSet(place.name, MappingProxyType(forests), rules, place.source, place.version)
+
+
+def _check_rules(path: Path) -> None:
+    """Fusion rules as nn-Meter reads them: "BF_conv_bn_relu" -> {"obey": true, false, a number or null}."""
+    rules = read_mapping(path, json.loads)
+    if len(rules) > _MOST_RULES:
+        raise ConfigurationError(f"{path}: {len(rules):,} fusion rules; at most {_MOST_RULES:,} are read")
+    for name, rule in rules.items():
+        obey = rule.get("obey", "nothing") if isinstance(rule, Mapping) else "nothing"
+        if (obey is not None and not isinstance(obey, int)) or name.count("_") > _MOST_OPERATORS:
+            raise ConfigurationError(
+                f"{path}: fusion rule {reprlib.repr(name)}: {reprlib.repr(rule)}; needed is a name such as "
+                f"'BF_conv_bn_relu', of at most {_MOST_OPERATORS} operators, with {{'obey': true}}, false or null"
+            )
 
 
 def check_hardware(hardware: str | Path) -> None:

@@ -1,9 +1,10 @@
 """Reads a pickle as data: what it says, never what it asks to be done.
 
 A pickle is a program for a stack machine. Python's own reader runs it, and a program that calls ``os.system`` is as
-valid as one that builds a list. The machine here knows the 52 instructions that plain data, numpy arrays and
-scikit-learn estimators need. A class that the file names becomes a ``Record`` of that name, of its arguments and
-its state: no class is looked up, no function of the file is called, and a name outside a closed list is an error.
+valid as one that builds a list. The machine here knows the 53 instructions that plain data, numpy arrays,
+scikit-learn estimators and the tensors of torch need. A class that the file names becomes a ``Record`` of that name,
+of its arguments and its state: no class is looked up, no function of the file is called, and a name outside a closed
+list is an error.
 
 Instructions: PEP 307 (protocol 2), PEP 3154 (4), PEP 574 (5), and the module ``pickletools``.
 """
@@ -13,18 +14,18 @@ from __future__ import annotations
 import pickletools
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, final
 
 from ...errors import UnsafePickleError
 
-__all__ = ["Blob", "Name", "Record", "latin1", "read_pickle"]
+__all__ = ["Blob", "Name", "Ordered", "Record", "latin1", "read_pickle"]
 
 # A forest takes about 200 instructions per tree, whatever its size; without a bound, one byte of "new list" a time
 # would take 60 bytes of memory.
 _MOST_INSTRUCTIONS = 5_000_000
-_LONG = 256  # bytes from which data is given out once
+_LONG = 256  # bytes from which data is given out once, in a file that may be of 2 GB
 _LONGEST_NUMBER = 1000  # digits or bytes
 _PYTHON_NAMES = {
     ("copy_reg", "_reconstructor"): "new object",
@@ -56,6 +57,13 @@ class Record:
 
 
 @final
+class Ordered(dict[Any, Any]):
+    """What the file calls an OrderedDict; ``state``: the attributes that it sets on it."""
+
+    state: Any = None
+
+
+@final
 class Blob:
     """Long bytes or text of the file, given out once, so that what was used does not stay in memory.
 
@@ -77,6 +85,11 @@ def read_pickle(
     size: int,
     names: Mapping[tuple[str, str], str],
     built: Callable[[Record], None] = lambda record: None,
+    *,
+    stored: Callable[[Any], Any] | None = None,
+    keys: tuple[type, ...] = (str,),
+    blobs: bool = True,
+    protocols: Collection[int] = range(6),
 ) -> Any:
     """What the first pickle in ``file`` holds: plain data and ``Record``, with ``Blob`` for what is long.
 
@@ -86,6 +99,11 @@ def read_pickle(
             anything is allocated.
         names: (module, name) that the file may name -> ``kind`` of the records; else UnsafePickleError.
         built: called with every record when the file has set its state, so that big states need not pile up.
+        stored: what stands for a thing outside of the pickle, from the reference to it; None: there are none.
+        keys: the types of dict keys. A tuple is none: the hash of a tuple in a tuple in a tuple ... overflows the
+            stack of the process.
+        protocols: those that the file may say it is written in.
+        blobs: whether long bytes and texts are a ``Blob``; without, they are plain.
 
     >>> import io, pickle
     >>> data = pickle.dumps({"a": [1, (2.5, None)], "b": complex(1, 2)}, protocol=4)
@@ -93,9 +111,11 @@ def read_pickle(
     {'a': [1, (2.5, None)], 'b': Record(kind='complex number', args=(1.0, 2.0), state=None)}
     >>> read_pickle(io.BytesIO(data), len(data), {})
     Traceback (most recent call last):
-    oneshot.errors.UnsafePickleError: it names 'builtins.complex', which no forest needs (byte 62 of 87)
+    oneshot.errors.UnsafePickleError: it names 'builtins.complex', which nothing here needs (byte 62 of 87)
     """
     machine = _Machine(file, size, {**_PYTHON_NAMES, **names}, built)
+    machine.stored, machine.keys, machine.longest = stored, keys, _LONG if blobs else size
+    machine.protocols = protocols
     try:
         return machine.run()
     except UnsafePickleError as error:
@@ -108,6 +128,10 @@ class _Machine:
     ) -> None:
         self._file, self._size, self.position = file, size, 0
         self._names, self._built = names, built
+        self.stored: Callable[[Any], Any] | None = None
+        self.keys: tuple[type, ...] = (str,)
+        self.longest = _LONG
+        self.protocols: Collection[int] = range(6)
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -149,7 +173,7 @@ class _Machine:
         self._stack.append(value)
 
     def push_data(self, data: bytes | str) -> None:
-        self._stack.append(Blob(data) if len(data) > _LONG else data)
+        self._stack.append(Blob(data) if len(data) > self.longest else data)
 
     def pop(self) -> Any:
         if len(self._stack) <= (self._marks[-1] if self._marks else 0):
@@ -176,8 +200,8 @@ class _Machine:
 
     def protocol(self) -> None:
         version = self.unsigned(1)
-        if version > 5:
-            raise UnsafePickleError(f"pickle protocol {version}; 0 to 5 are known")
+        if version not in self.protocols:
+            raise UnsafePickleError(f"pickle protocol {version}; {list(self.protocols)} are known")
 
     def frame(self) -> None:
         left, length = self._size - self.position - 8, self.unsigned(8)
@@ -213,12 +237,12 @@ class _Machine:
 
     def update(self, items: list[Any]) -> None:
         target = self.top()
-        if type(target) is not dict or len(items) % 2:
+        if type(target) not in (dict, Ordered) or len(items) % 2:
             raise UnsafePickleError(f"{len(items)} keys and values go into a {_called(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Text only: the hash of a tuple in a tuple in a tuple ... overflows the stack of the process.
-            if type(key) is not str:
-                raise UnsafePickleError(f"a dict with a {_called(key)} as key; forests have text")
+            if type(key) not in self.keys:
+                allowed = " or ".join(kind.__name__ for kind in self.keys)
+                raise UnsafePickleError(f"a dict with a {_called(key)} as key; {allowed} is known")
             target[key] = value
 
     def dict_from_mark(self) -> None:
@@ -249,7 +273,7 @@ class _Machine:
         if type(module) is not str or type(name) is not str:
             raise UnsafePickleError(f"a {_called(module)} and a {_called(name)} where a name is due")
         if (module, name) not in self._names:
-            raise UnsafePickleError(f"it names {f'{module}.{name}'!r}, which no forest needs")
+            raise UnsafePickleError(f"it names {f'{module}.{name}'!r}, which nothing here needs")
         self.push(Name(self._names[module, name]))
 
     def name_lines(self) -> None:
@@ -272,15 +296,24 @@ class _Machine:
             self.push(b"")
         elif called.kind == "new object":
             self.push(_new_object(args))
+        elif called.kind == "ordered" and not args:
+            self.push(Ordered())
         else:
             self.push(Record(called.kind, args))
 
     def build(self) -> None:
         state, record = self.pop(), self.top()
-        if type(record) is not Record or record.state is not None:
+        if type(record) not in (Record, Ordered) or record.state is not None:
             raise UnsafePickleError(f"the state of a {_called(record)} is set; it has none, or has one already")
         record.state = state
-        self._built(record)
+        if type(record) is Record:
+            self._built(record)
+
+    def refer(self) -> None:
+        """A reference to what is stored outside of the pickle."""
+        if self.stored is None:
+            _refuse_instruction(b"Q")
+        self.push(self.stored(self.pop()))
 
 
 def _called(value: Any) -> str:
@@ -291,7 +324,7 @@ def _called(value: Any) -> str:
 def _refuse_instruction(code: bytes) -> NoReturn:
     name = {known.code: known.name for known in pickletools.opcodes}.get(code.decode("latin-1"))
     what = f"the instruction {name}" if name else f"the byte 0x{code.hex()}, which is no instruction"
-    raise UnsafePickleError(f"it holds {what}; no forest needs it")
+    raise UnsafePickleError(f"it holds {what}; nothing here needs it")
 
 
 def _encoded(args: tuple[Any, ...]) -> bytes:
@@ -400,4 +433,5 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
     b"R": _Machine.make,
     b"\x81": _Machine.make,
     b"b": _Machine.build,
+    b"Q": _Machine.refer,
 }
