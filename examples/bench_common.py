@@ -136,12 +136,23 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    results = record.profiler.kineto_results if record.profiler else None
-    events = [event for event in (results.events() if results else []) if event.name() == "[memory]"]
+    assert record.profiler is not None
+    assert record.profiler.kineto_results is not None
+    found, waiting = [], list(record.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name == "[memory]":
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    live: dict[int, int] = {}
     total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
+    for _, place, size in sorted(found, key=lambda one: one[0]):
+        if size > 0:
+            live[place] = size
+            total += size
+            peak = max(peak, total)
+        else:  # what was there before the step is not counted
+            total -= live.pop(place, 0)
     return peak
 
 

@@ -29,7 +29,8 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -72,6 +73,7 @@ from oneshot.cost import PeakMemory
 from oneshot.data import Split
 from oneshot.loggers import markdown_table
 from oneshot.trainers import Trainer
+from oneshot.trainers.compilation import compiled
 from search_spaces.mobilenet import Classifier, ConvBNReLU6, FeatureMix, InvertedResidual, MobileNet, Stem
 
 COSTS = ("params", "macs")
@@ -95,15 +97,16 @@ class Settings:
     paths: int = 4
     compiles: bool = False
     quick: bool = False
+    stack: ExitStack = field(default_factory=ExitStack)  # of what is compiled until the end
 
     @property
     def precision(self) -> str:
         return "bf16-mixed" if self.device.type == "cuda" else "32-true"
 
-    def compiled(self, model: nn.Module) -> nn.Module:
+    def compiled(self, plain: nn.Module) -> nn.Module:
         if self.compiles:
-            model.compile()  # in place: parameters and modules stay what they are
-        return model
+            plain.compile()
+        return plain
 
 
 class Comparison(NamedTuple):
@@ -145,7 +148,7 @@ def ready(trainer: Trainer, settings: Settings) -> Any:
     """As at the first step of a long search: data split, network on its device and in train mode."""
     trainer.split = Split(tuple(range(1000 * trainer.batch_size)), (), 0, 0)
     trainer.fabric.to_device(trainer.model)
-    settings.compiled(trainer.model)
+    settings.stack.enter_context(compiled(trainer.model, settings.compiles))
     trainer.model.train()
     return trainer
 
@@ -548,7 +551,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(known) if args.only is None else args.only.split(",")
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--only {args.only}: {unknown} are not among {list(known)}")
-    rows = [row for name in names for row in known[name]()]
+    with settings.stack:
+        rows = [row for name in names for row in known[name]()]
     if args.quick:
         rows = [replace(row, time_verdict="not judged", memory_verdict="not judged") for row in rows]
     about = about_machine(settings.device, precision=settings.precision, compiled=args.compile, **few)

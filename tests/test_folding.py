@@ -13,6 +13,7 @@ from oneshot import PIT, GumbelSoftmax, LayerChoice, Softmax, draw, set_sampler
 from oneshot.mutables import Sampler
 from oneshot.mutables.folding import last_affine, scaled
 from oneshot.pit import SuperNet
+from oneshot.trainers.recompute import recomputed
 
 
 def conv_bn(*behind: nn.Module) -> nn.Sequential:
@@ -116,6 +117,32 @@ def test_no_factor_goes_where_somebody_else_would_see_it() -> None:
         around = conv_bn(nn.ReLU())
         getattr(around, hook)(lambda *_: None)
         assert last_affine(around, 0) is None
+
+
+def test_no_factor_goes_into_what_somebody_has_patched() -> None:
+    """Their forward may compute it again in the backward pass, say, when the weights are as before."""
+    patched = conv_bn(nn.ReLU())
+    patched[1].forward = lambda x: x
+    assert last_affine(patched, 0) is None
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert last_affine(conv_bn(), 0) is None
+    finally:
+        everywhere.remove()
+
+
+def test_recomputed_candidates_have_the_same_gradients_to_the_bit() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), LayerChoice([conv_bn(nn.ReLU()), conv_bn(), nn.Conv2d(3, 4, 1)]))
+    x, target = torch.randn(2, 3, 6, 6), torch.randn(2, 4, 6, 6)
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad((net(x) * target).sum(), list(net.parameters())))
+
+    plain = gradients()
+    for blocks in (["1"], ["1.candidates.*"], ["1.candidates.0.1"]):
+        with recomputed(net, blocks):
+            assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
 
 
 def test_parameters_are_put_back_after_an_error() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = ["last_affine", "scaled"]
 
@@ -30,7 +31,7 @@ def last_affine(module: nn.Module, most: int) -> nn.Module | None:
     BatchNorm2d(2, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     >>> last_affine(nn.Sequential(nn.BatchNorm2d(2), nn.Sigmoid()), 0)
     """
-    found = _last(module)
+    found = None if _has_any_global_hook() else _last(module)
     if found is None or type(found) in _BEHIND or _times(module, found) > 1:
         return None
     weight = found._parameters.get("weight")
@@ -41,8 +42,8 @@ def last_affine(module: nn.Module, most: int) -> nn.Module | None:
 
 def _last(module: nn.Module) -> nn.Module | None:
     """The last layer that is no activation; an activation if there is nothing else; None where that cannot be known."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return None  # which see or change an output
+    if not _is_as_written(module):
+        return None
     if type(module) in (*_NORMALISATIONS, *_LINEAR, *_BEHIND):
         return module
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
@@ -53,6 +54,15 @@ def _last(module: nn.Module) -> nn.Module | None:
         if found is None or type(found) not in _BEHIND:
             return found
     return found
+
+
+def _is_as_written(module: nn.Module) -> bool:
+    """Whether nothing but the forward of its class is called: no hook, no function in its place."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    # One of this library is around the module's own forward, and knows what the module held then.
+    instead = vars(module).get("forward")
+    return instead is None or getattr(instead, "module", None) is module
 
 
 def _times(module: nn.Module, layer: nn.Module) -> int:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, Subset
 
 from ..cost import LatencyTable, measure_table, time_module
 from ..data import BatchStream, Split, mix_seed, stratified_split, targets_of
+from ..data.stream import worker_deaths_named
 from ..errors import CheckpointError, ConfigurationError, TrainingDivergedError
 from ..export import arch_of, argmax_choices, fingerprint, verified_fixed, write_arch
 from ..files import remove_leftovers
@@ -736,12 +737,14 @@ class Trainer(ABC):
             seed_global_state(self.seed)
             weight_batches, arch_batches = self._prepare()
             stack.enter_context(self._running())
+            stack.enter_context(worker_deaths_named())
             loaded = stack.enter_context(closing(weight_batches.iterate(self.step)))
             batches = moved(loaded, self.fabric)
             if arch_batches is not None:
                 loaded = stack.enter_context(closing(arch_batches.iterate(self.arch_batches)))
                 self._arch_iterator = moved(loaded, self.fabric)
             self._enter_run()
+            self._end_open_epoch()
             while self.step < last_step():
                 self._epoch(batches)
             if self.step >= self.total_steps:
@@ -914,6 +917,13 @@ class Trainer(ABC):
             self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
             self._log_values("epoch", phase, epoch, values)
             self._after_epoch(phase)
+
+    def _end_open_epoch(self) -> None:
+        """An earlier ``train()`` may have been interrupted between the last step of an epoch and its record."""
+        ended = self.history[-1]["step"] if self.history else 0
+        if self.step > ended and self.step % self.steps_per_epoch == 0:
+            self._end_epoch(self._phase_of_step, self.epoch - 1)
+            self._maybe_checkpoint(at_epoch_end=True)
 
     def _means(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Over all processes."""
