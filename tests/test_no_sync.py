@@ -168,6 +168,29 @@ def test_a_step_of_the_users_own_network(sampler: Sampler) -> None:
     assert found.total() == 0, found
 
 
+class Fetched(TorchDispatchMode):
+    """How often alphas, which are of float32 here, become numbers of the CPU: ``times``."""
+
+    times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "_to_copy" and (kwargs or {}).get("device") == torch.device("cpu"):
+            self.times += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_a_draw_fetches_all_alphas_at_once_if_it_needs_them(sampler: Sampler) -> None:
+    """Where there is a GPU, that is the only time that a step waits for it: which path runs depends on the alphas."""
+    net = space()
+    set_sampler(net, sampler)
+    with Fetched() as fetched:
+        draw(net, torch.Generator().manual_seed(0))
+    is_blind = sampler in (Softmax(), GumbelSoftmax(0.5), UniformPath())
+    assert fetched.times == (0 if is_blind else 1)
+    assert sampler.reads_alpha() is not is_blind
+
+
 def test_a_draw_that_does_not_read_alpha_is_the_same_whatever_alpha_is() -> None:
     drawn = []
     for value in (0.0, 3.0):

@@ -85,14 +85,18 @@ class PeakMemory:
         """The surrogate above, a differentiable scalar; ``probabilities[label]``: shape (n,)."""
         if not self.sizes:
             return torch.tensor(self.of({}))
-        rows = {label: probabilities[label].tolist() for label in self.sizes}
+        flat = torch.cat([probabilities[label] for label in self.sizes])
+        # Which architectures are asked for depends on the probabilities: all of them are fetched from a GPU at once.
+        numbers = iter(flat.detach().tolist())
+        rows = {label: [next(numbers) for _ in range(n)] for label, n in self.sizes.items()}
         likeliest = {label: first_argmax(row) for label, row in rows.items()}
         here = self.of(likeliest)
-        total = probabilities[next(iter(self.sizes))].new_tensor(here)
-        for label, row in rows.items():
-            more = [self.of({**likeliest, label: option}) - here if p else 0.0 for option, p in enumerate(row)]
-            total = total + probabilities[label] @ probabilities[label].new_tensor(more)
-        return total
+        more = [
+            self.of({**likeliest, label: option}) - here if p else 0.0
+            for label, row in rows.items()
+            for option, p in enumerate(row)
+        ]
+        return flat @ torch.tensor(more, dtype=flat.dtype).to(flat.device, non_blocking=True) + here
 
     def covers(self, limit: float, choices: Mapping[str, int]) -> list[dict[str, list[int]]]:
         """Why ``choices`` are above ``limit``: labels and options such that whoever takes them all is above it too.

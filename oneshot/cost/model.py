@@ -132,9 +132,10 @@ class CostModel:
             self._flat = torch.tensor(row, dtype=flat.dtype, device=flat.device)
         total = flat @ self._flat + self.fixed
         for term in self.products:
-            product = probabilities[next(iter(term.when))].new_tensor(term.value)
+            product: Tensor | float = term.value
             for label, options in term.when.items():
-                product = product * probabilities[label][sorted(options)].sum()
+                # One by one: an index of several options would be sent to a GPU, which is waited for.
+                product = product * torch.stack([probabilities[label][k] for k in sorted(options)]).sum()
             total = total + product
         return total
 

@@ -283,14 +283,20 @@ def set_sampler(model: Searchable, sampler: Sampler) -> None:
 def draw(model: Searchable, generator: torch.Generator | None = None) -> None:
     """Draw once per decision for the coming step. ``generator``: on the CPU, whatever the model's device.
 
-    The draws are made in the order of the labels' first appearance, from one transfer of all alphas to the CPU.
+    The draws are made in the order of the labels' first appearance, from one transfer to the CPU of all alphas that
+    they depend on: where there is a GPU, the only time that a step waits for it.
     """
     undecided = [d for d in _of(model).values() if d.members[0].alpha is not None]
-    if not undecided:
-        return
-    flat = torch.cat([d.alpha.detach().to(torch.float64) for d in undecided]).cpu()
-    for decision, alpha in zip(undecided, flat.split([len(d.options) for d in undecided]), strict=True):
-        drawn = decision.sampler.draw(alpha, generator)
+    read = [d for d in undecided if d.sampler.reads_alpha()]
+    known: dict[str, Tensor] = {}
+    if read:
+        flat = torch.cat([d.alpha for d in read]).to("cpu", torch.float64)
+        pieces = flat.split([len(d.options) for d in read])
+        known = {d.label: alpha for d, alpha in zip(read, pieces, strict=True)}
+    for decision in undecided:
+        alpha = known.get(decision.label)
+        of_any = torch.zeros(len(decision.options), dtype=torch.float64) if alpha is None else alpha
+        drawn = decision.sampler.draw(of_any, generator)
         for member in decision.members:
             member.drawn, member.alpha_at_draw = drawn, alpha
 
