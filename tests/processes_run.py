@@ -16,6 +16,7 @@ from tiny import WIDTH, Tiny, common, darts, digit_data, gumbel, proxyless, rein
 from torch import Tensor, nn
 
 from oneshot import DUCCIO, PIT, LayerChoice, PITSuperNetTrainer, PITTrainer, Trainer, accuracy, arch_parameters, sweep
+from oneshot.errors import TrainingDivergedError
 
 STEPS = 20
 
@@ -160,6 +161,61 @@ def of_every_step(folder: Path) -> dict[str, Any]:
     return {"history": history, "resumed": resumed, "same": same, "steps": again.step, "table": str(table.by_place)}
 
 
+class Skipping(nn.Sequential):
+    """A layer that is left out by chance, in each process by its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and float(torch.rand(())) < 0.5 else x + super().forward(x)
+
+
+def of_one_process_alone(folder: Path) -> dict[str, Any]:
+    """What begins, happens or goes wrong in one process only."""
+    rank = int(os.environ["RANK"])
+    data = {"dataset": digit_data(160), "valid_dataset": digit_data(90), "batch_size": 16}
+
+    torch.manual_seed(rank)
+    averaged = pit_of(plain(), **data, ema_decay=0.9, finetune_epochs=1, targets={"params": 600})
+    before = averaged.evaluate()  # each of its own network, and of all samples
+    history = averaged.train()
+
+    skipping = nn.Sequential(nn.Conv2d(1, 8, 3), Skipping(nn.Conv2d(8, 8, 3, padding=1)), nn.AdaptiveAvgPool2d(1))
+    skipped = pit_of(nn.Sequential(skipping, nn.Flatten(), nn.Linear(8, 10)), **data, targets=None)
+    skipped.train()
+
+    started = proxyless(Simple(), **data, warmup_epochs=1)
+    started.warm_up(folder / "warmup.ckpt")
+    second = proxyless(Simple(), **data, warmup_epochs=1)
+    second.start_from(folder / "warmup.ckpt")  # the first process has written it
+
+    diverging = proxyless(Simple(), **data)
+    calls = 0
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        value = nn.functional.cross_entropy(output, target)
+        return value * float("nan") if rank == 1 and calls == 5 else value
+
+    diverging.loss = loss
+    try:
+        diverging.train()
+        error = ""
+    except TrainingDivergedError as failure:
+        error = str(failure)
+    return {
+        "names before": sorted(before),
+        "history": history,
+        "skipped": [p.detach().sum().item() for p in skipped.model.parameters()],
+        "started": second.step,
+        "error": error,
+    }
+
+
+def pit_of(model: nn.Module, **changes: Any) -> PITTrainer:
+    network = PIT(model, (1, 8, 8))
+    return PITTrainer(network, **of_masks(network, **changes))
+
+
 def swept(folder: Path) -> list[dict[str, float]]:
     """One search after the other, each by all processes."""
 
@@ -177,4 +233,5 @@ if __name__ == "__main__":
     torch.manual_seed(rank)  # each begins with weights of its own; those of the first one count
     found: dict[str, Any] = {**everything(32), "in the middle": of_every_step(folder)}
     found["sweep"] = swept(folder)
+    found["alone"] = of_one_process_alone(folder)
     torch.save(found, folder / f"process{rank}.pt")

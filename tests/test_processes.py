@@ -73,3 +73,13 @@ def test_a_sweep_by_two_processes(of_two: list[dict[str, Any]]) -> None:
     """The whole network, 8 * 10 + 8 * 73 + 90 parameters, and one unit and tap of each layer: 2 + 2 + 20."""
     assert of_two[0]["sweep"] == of_two[1]["sweep"]
     assert [costs["params"] for costs in of_two[0]["sweep"]] == [754.0, 24.0]
+
+
+def test_what_is_of_one_process_alone_is_of_all(of_two: list[dict[str, Any]]) -> None:
+    """Averages begin with the weights of the first; layers left out by chance, and a loss that is no number in one."""
+    first, second = (found["alone"] for found in of_two)
+    assert first == second
+    assert first["names before"] == ["acc1", "acc5", "loss"]
+    assert first["history"][-1]["phase"] == "finetune"
+    assert first["started"] == 4  # 128 samples, 2 x 16 in a step
+    assert "step 3 (warmup, epoch 0): loss = nan" in first["error"]  # the first call is of the trial batch

@@ -200,6 +200,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"accelerator": "abacus"}, ConfigurationError, "accelerator='abacus'"),
     ({"accelerator": "cuda"}, ConfigurationError, "device='cpu' and accelerator='cuda'"),
     ({"devices": 0}, ConfigurationError, "devices=0"),
+    ({"device": "mps"}, ConfigurationError, "device='mps'.*float64"),
+    ({"optimizer": torch.optim.LBFGS}, ConfigurationError, "LBFGS"),
     ({"accumulate": 0}, ConfigurationError, "accumulate=0"),
     ({"accumulate": 33}, ConfigurationError, "accumulate=33: more parts than the 32 samples"),
     ({"grad_clip": -1.0}, ConfigurationError, "grad_clip=-1.0"),

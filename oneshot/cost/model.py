@@ -9,7 +9,7 @@ cost is the same function of the probabilities: E[C] = C(p), exactly, and differ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import final
@@ -101,6 +101,12 @@ class CostModel:
                 products[key] = products.get(key, 0.0) + term.value
         self.products = [Term(value, dict(key)) for key, value in products.items() if value]
         self._flat: Tensor | None = None
+
+    def narrowed(self, narrow: Callable[[Condition], Condition | None], model: nn.Module) -> CostModel:
+        """The same cost of a model that has dropped options; ``narrow``: see ``oneshot.export.dropping.narrowing``."""
+        terms = [(term, narrow(term.when)) for term in self.terms]
+        left = [Term(term.value, when, term.path) for term, when in terms if when is not None]
+        return CostModel(self.name, self.unit, left, model)
 
     def of(self, choices: Mapping[str, int]) -> float:
         """The cost of the architecture that takes option ``choices[label]`` of every label, to 15 digits.

@@ -31,7 +31,8 @@ class LayerChoice(Mutable):
     they may hold choices themselves, and need no parameters (``nn.Identity()`` is a skip). All positional and keyword
     inputs are handed on as they come.
     ``label``: mutables of one label share one decision; None means the path of the module in its model. ``padding``:
-    zeros behind the outputs of narrower candidates, which only a ``SuperNet`` or ``PIT`` gives its copy.
+    zeros behind the outputs of narrower candidates, which only a ``SuperNet`` or ``PIT`` gives its copy. ``offered``:
+    all options, ``options``: those that a search has not dropped.
 
     A candidate that does not run in a step is not touched: no gradient, no BatchNorm statistics. The output shares
     no memory with the inputs, also where the candidate passes them on, so that what follows may work in place.
@@ -47,7 +48,7 @@ class LayerChoice(Mutable):
         names = list(named)
         by_name = isinstance(candidates, Mapping | nn.ModuleDict)
         super().__init__(names if by_name else range(len(names)), label)
-        self.by_name = by_name
+        self.by_name, self.offered = by_name, self.options
         self.padding: Padding | None = None
         self._signature = tuple((name, _kind(named[name], deep=not by_name)) for name in names)
         self._decide()
@@ -91,15 +92,22 @@ class LayerChoice(Mutable):
 
     def index_of(self, decision: Any, where: str) -> int:
         # NNI writes indices for named candidates too, and the digits of an index as a string.
-        names = [str(option) for option in self.options]
+        names, number = [str(option) for option in self.offered], -1
         if isinstance(decision, str) and decision in names:
-            return names.index(decision)
-        if isinstance(decision, int) and not isinstance(decision, bool) and 0 <= decision < len(self.options):
-            return decision
-        raise ArchMismatchError(
-            f"{where}: the arch says {decision!r}, the candidates are {list(self.options)}. "
-            "Build the model with the arguments it was searched with"
-        )
+            number = names.index(decision)
+        elif isinstance(decision, int) and not isinstance(decision, bool) and decision < len(names):
+            number = decision
+        if number < 0:
+            raise ArchMismatchError(
+                f"{where}: the arch says {decision!r}, the candidates are {list(self.offered)}. "
+                "Build the model with the arguments it was searched with"
+            )
+        if self.offered[number] not in self.options:
+            raise ArchMismatchError(
+                f"{where}: the arch says {decision!r}, which was dropped in the search; of {list(self.offered)} there "
+                f"are {list(self.options)} left. Take a model with all candidates for this arch"
+            )
+        return self.options.index(self.offered[number])
 
     def describe(self) -> str:
         return f"LayerChoice(label={self.label!r}) of {list(self.options)}"

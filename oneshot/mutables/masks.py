@@ -129,6 +129,7 @@ class Mask(AlphaModule, ABC):
     """A mutable with one alpha per unit. In an architecture its label is its place: that of the layer it is of.
 
     ``alpha``: shape (n,), in at least fp32 whatever the network is cast to. One object used twice is one decision.
+    ``made_with``: the n that it was made with; a search that gets smaller takes units away.
     """
 
     alpha: nn.Parameter
@@ -139,6 +140,7 @@ class Mask(AlphaModule, ABC):
             raise ConfigurationError(f"{type(self).__name__}({n!r}): a number of units of at least 1 is needed")
         precision = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.alpha = nn.Parameter(torch.ones(n, dtype=precision))
+        self.made_with = n
 
     @abstractmethod
     def decision(self) -> Any:
@@ -154,7 +156,7 @@ class Mask(AlphaModule, ABC):
 
     def signature(self) -> tuple[Hashable, ...]:
         """What can be decided, JSON-ready."""
-        return type(self).__name__, len(self.alpha)
+        return type(self).__name__, self.made_with
 
     @torch.no_grad()
     def clip_(self) -> None:
@@ -167,7 +169,7 @@ class ChannelMask(Mask):
     """Which of ``units`` channels, features or heads stay. A call multiplies dimension ``dim`` of a tensor by 0 or 1.
 
     ``granularity``: their number is a multiple of it, or all. At least ``least`` stay: the largest |alpha|, and of
-    equal ones the last.
+    equal ones the last. ``left``: the units that alpha is of; decisions keep the numbers that units had at first.
 
     >>> mask = ChannelMask(4)
     >>> mask.keep([0, 3])
@@ -182,6 +184,7 @@ class ChannelMask(Mask):
         if not isinstance(granularity, int) or isinstance(granularity, bool) or granularity < 1:
             raise ConfigurationError(f"ChannelMask(granularity={granularity!r}): an integer of at least 1 is needed")
         self.granularity, self.least = granularity, least
+        self.left: tuple[int, ...] = tuple(range(units))
 
     def forward(self, x: Tensor, dim: int = 1) -> Tensor:
         if x.shape[dim] != len(self.alpha):
@@ -205,10 +208,10 @@ class ChannelMask(Mask):
         return theta + (kept.to(theta.dtype) - theta).detach()
 
     def decision(self) -> list[int]:
-        return [int(i) for i in self.hard().detach().nonzero().flatten()]
+        return [self.left[i] for i in self.hard().detach().nonzero().flatten().tolist()]
 
     def everything(self) -> list[int]:
-        return list(range(len(self.alpha)))
+        return list(self.left)
 
     def decide(self, decision: Any) -> None:
         self.keep(decision)
@@ -216,7 +219,7 @@ class ChannelMask(Mask):
     @torch.no_grad()
     def keep(self, kept: Sequence[int]) -> None:
         """Keep these units and no others: their alpha becomes 1, that of the others 0."""
-        n = len(self.alpha)
+        n = self.made_with
         kept = kept.tolist() if isinstance(kept, Tensor) else kept
         kept = list(kept) if isinstance(kept, Sequence) and not isinstance(kept, str) else [kept]
         wrong = [k for k in kept if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < n]
@@ -233,7 +236,15 @@ class ChannelMask(Mask):
             raise ConfigurationError(
                 f"ChannelMask: {len(kept)} units is no multiple of {self.granularity}, nor all {n}"
             )
-        self.alpha.copy_(torch.zeros_like(self.alpha).index_fill_(0, torch.tensor(kept, device=self.alpha.device), 1))
+        place = {unit: i for i, unit in enumerate(self.left)}
+        gone = sorted(set(kept) - set(place))
+        if gone:
+            raise ConfigurationError(
+                f"ChannelMask: units {gone} have been removed in the search, of {n} there are {len(place)} left. Take "
+                "a network of the full size for this architecture"
+            )
+        places = torch.tensor([place[unit] for unit in kept], device=self.alpha.device)
+        self.alpha.copy_(torch.zeros_like(self.alpha).index_fill_(0, places, 1))
 
 
 @final

@@ -42,7 +42,8 @@ class MaskSet(nn.Module):
 
     Units of channel axes come first, then the taps of kernel axes, then one element that is always 1, for all indices
     that are not searched. ``places(dimension)``: for each index of a dimension its element. ``own``: masks placed by
-    hand, by label; the others are made here.
+    hand, by label; the others are made here. ``keys``: what masks are called in a ``state_dict``, if they have been in
+    another set.
 
     In the vector, a tap is h(theta^beta) h(theta^gamma), h(x) = 1[x > 0.5]; its relaxed share is
     theta^beta_j / (j + 1) * theta^gamma_j / n_j, so that the relaxed size of a kernel of K taps starts at K.
@@ -59,7 +60,11 @@ class MaskSet(nn.Module):
     count_of: Tensor
 
     def __init__(
-        self, channels: Sequence[ChannelAxis], kernels: Sequence[KernelAxis], own: Mapping[str, Mask] | None = None
+        self,
+        channels: Sequence[ChannelAxis],
+        kernels: Sequence[KernelAxis],
+        own: Mapping[str, Mask] | None = None,
+        keys: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.channels, self.kernels = tuple(channels), tuple(kernels)
@@ -75,7 +80,8 @@ class MaskSet(nn.Module):
             if kernel.dilated:
                 made[kernel.dilation_label] = own.get(kernel.dilation_label) or DilationMask(kernel.taps)
         # The names of modules have no dots, and a ModuleDict takes no "keys" or "items".
-        self._keys = {label: f"of:{label.replace('.', '/')}:{i}" for i, label in enumerate(made)}
+        known = keys or {}
+        self._keys = {x: known.get(x, f"of:{x.replace('.', '/')}:{i}") for i, x in enumerate(made)}
         self.by_label = nn.ModuleDict({self._keys[label]: mask for label, mask in made.items()})
         labels = [axis.label for axis in channels] + [kernel.kernel_label for kernel in kernels]
         labels += [kernel.dilation_label for kernel in kernels if kernel.dilated]
@@ -110,7 +116,9 @@ class MaskSet(nn.Module):
         if n:
             kept, _ = self.kept(magnitude(torch.cat(alphas[:n])))
             pieces = zip(self.channels, kept.split([axis.units for axis in self.channels]), strict=True)
-            found.update({axis.label: flags.nonzero().flatten().tolist() for axis, flags in pieces})
+            for axis, flags in pieces:
+                left = self[axis.label].left
+                found[axis.label] = [left[i] for i in flags.nonzero().flatten().tolist()]
         if k:
             flags = self.tap_scores(torch.cat(alphas[n:]).abs()) > THRESHOLD
             lengths = [kernel.taps for kernel in self.kernels]
@@ -218,6 +226,10 @@ class MaskSet(nn.Module):
         """The size of each axis: units of channels, taps of a side of a kernel."""
         sides = [len(next(iter(kernel.positions.values()))) for kernel in self.kernels]
         return [axis.units for axis in self.channels] + sides
+
+    def made_with(self) -> list[int]:
+        """The size that each axis had at first."""
+        return [self[axis.label].made_with for axis in self.channels] + self.full()[len(self.channels) :]
 
     def lowest(self, learning: bool = False) -> list[int]:
         """The smallest size of each axis that its masks allow; ``learning``: if only those move that learn now."""

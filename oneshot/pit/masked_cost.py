@@ -8,6 +8,7 @@ which it is due, and its probability P_t as a factor: labels are independent, so
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from ..graph import Condition, Operation, Value, parameter_conditions
 from ..graph.dimensions import Product
 from .mask_set import FlatMasks, MaskSet
 from .presence import cases
-from .sizes import Form, Sizes
+from .sizes import Form, Sizes, form_matrix
 
 __all__ = ["CostTerms", "MaskedCosts", "Odds", "parameter_terms", "spec_terms"]
 
@@ -320,10 +321,11 @@ class MaskedCosts:
     """Several costs of one network, from the sizes of its axes: each of them in its unit, float64.
 
     cost_k = sum_t c_kt P_t prod_j n_tj, where P_t is the probability of the condition under which term t is due. In
-    what follows ``chances`` are the probabilities of ``conditions``, None for a network without choices.
+    what follows ``chances`` are the probabilities of ``conditions``, None for a network without choices. ``full``: the
+    largest size of each axis.
     """
 
-    def __init__(self, terms: Sequence[CostTerms], sizes: Sizes) -> None:
+    def __init__(self, terms: Sequence[CostTerms], full: Sequence[int]) -> None:
         self.terms = {of_one.name: of_one for of_one in terms}
         self.names = [of_one.name for of_one in terms]
         used = [form for t in terms for part in t.parts for form in part.forms]
@@ -343,17 +345,43 @@ class MaskedCosts:
                 number.setdefault(_key(layer.when), len(number))
         self.conditions: list[Condition] = [dict(key) for key in number]
         self.number = number
-        self.constants, self.matrix = sizes.matrix([Form(1), *forms])
+        self.constants, self.matrix = form_matrix([Form(1), *forms], len(full))
         keys = torch.tensor(list(merged) or [[0] * (1 + most)], dtype=torch.int64)
         self.condition_of, self.factors = keys[:, 0].contiguous(), keys[:, 1:].contiguous()
         self.coefficients = torch.tensor(list(merged.values()) or [[0.0] * len(terms)], dtype=torch.float64).T
         self.place = place
-        self.full = torch.tensor(sizes.full, dtype=torch.float64)
+        self.full = torch.tensor(full, dtype=torch.float64)
         self._on: dict[str, tuple[Tensor, ...]] = {}
         self._flat_on: dict[str, _OfFlat] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedCosts:
         return self  # it never changes
+
+    def for_smaller_masks(self) -> MaskedCosts:
+        """The same costs of the same axes, whose masks have become shorter."""
+        other = copy.copy(self)
+        other._flat_on = {}
+        return other
+
+    def narrowed(self, axes: Mapping[int, int], narrow: Callable[[Condition], Condition | None]) -> MaskedCosts:
+        """Without what no architecture has any more. ``axes``: number before -> after of those that are left."""
+
+        def forms(before: Sequence[Form]) -> tuple[Form, ...]:
+            return tuple(Form(f.constant, tuple((axes[a], n) for a, n in f.parts if a in axes)) for f in before)
+
+        terms = []
+        for of_one in self.terms.values():
+            parts = [(part, narrow(part.when)) for part in of_one.parts]
+            asked = [(layer, narrow(layer.when)) for layer in of_one.asked]
+            terms.append(
+                replace(
+                    of_one,
+                    parts=tuple(p._replace(forms=forms(p.forms), when=when) for p, when in parts if when is not None),
+                    asked=tuple(replace(a, forms=forms(a.forms), when=when) for a, when in asked if when is not None),
+                )
+            )
+        full = self.full.tolist()
+        return MaskedCosts(terms, [int(full[before]) for before in axes])
 
     def of(self, masks: MaskSet, flat: FlatMasks, odds: Odds | None, *, discrete: bool) -> dict[str, Tensor]:
         """Name -> cost of the network that these masks leave, in expectation over its choices.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ..graph.cut import copied
 from ..graph.rewrite import Rewriter
 from ..mutables import Argmax, Decision, GumbelSoftmax, Softmax, decisions, draw, set_sampler
 from ..mutables.base import SearchModel
+from ..mutables.in_place import Changes
 from ..mutables.masks import ChannelMask, DilationMask, KernelMask
 from ..mutables.samplers import first_argmax
 from .arguments import CostArgument, check_model, example_of, named_costs
@@ -39,9 +40,16 @@ from .summary import summary_row
 from .trial import NoDropout
 from .weight_masks import MaskedWeights
 
-__all__ = ["SearchedNetwork"]
+__all__ = ["GoneMask", "SearchedNetwork"]
 
 _SPECS = {spec.name: spec for spec in (MACS, OPS, PARAMS_NO_BIAS, PARAMS_NO_NORM)}
+
+
+class GoneMask(NamedTuple):
+    """A mask of a candidate that was dropped: what it had decided, and what could be decided there."""
+
+    decision: Any
+    signature: tuple[Hashable, ...]
 
 
 class SearchedNetwork(SearchModel):
@@ -81,21 +89,42 @@ class SearchedNetwork(SearchModel):
         if not self.space.labels and not self.choices:
             raise UnsupportedModelError(_nothing(model, self.space, plan))
         self.masks = MaskSet(self.space.channels, self.space.kernels, own)
+        self._gone: dict[str, GoneMask] = {}
         self._searched = {label for label in self.masks if plan.autoconvert or label in own}
         # What is there only because candidates differ in their widths is no decision of its own.
         self._decided = [label for label in self.masks if label in self._searched or label not in self.space.presence]
         check_labels(list(self.choices), self._decided)
         self._trained = {ChannelMask: True, KernelMask: True, DilationMask: True}
         self._train_selection = True
-        shapes = shapes_of(self.network)
-        places, one = self.masks.places(shapes), self.masks.size - 1
-        self.weight_masks = MaskedWeights(self.network, places, self.space.columns(), one)
+        self.weight_masks = self._masked_weights(self.masks, self.space)
         self._follow_flags()
         self.cost_specification = cost
         self.training = model.training
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.masks.to(device)
         self.weight_masks.scopes.to(device)
+
+    def _masked_weights(self, masks: MaskSet, space: SearchSpace) -> MaskedWeights:
+        places = masks.places(shapes_of(self.network))
+        return MaskedWeights(self.network, places, space.columns(), masks.size - 1)
+
+    def _take_space(self, space: SearchSpace, costs: MaskedCosts, changes: Changes) -> None:
+        """Search these axes from now on, some of those of before with what is left of their units, by their masks."""
+        before, own = self.masks, dict(self.masks.items())
+        masks = MaskSet(space.channels, space.kernels, own, before._keys)
+        masks.training = before.training
+        for name, buffer in before.named_buffers(recurse=False):
+            setattr(masks, name, getattr(masks, name).to(buffer.device, buffer.dtype))
+        weight_masks = self._masked_weights(masks, space)
+        weight_masks.scopes.to(before.one.device)
+        weight_masks.train(self.weight_masks.training)
+        changes.set(self, "space", space)
+        changes.set(self, "masks", masks)
+        changes.set(self, "weight_masks", weight_masks)
+        changes.set(self, "_costs", costs)
+        changes.set(self, "_flat_of_step", None)
+        options = {label: len(decision.options) for label, decision in self.choices.items()}
+        changes.set(self, "_chances", Chances(costs.conditions, options) if options else None)
 
     # ---- the searched network ------------------------------------------------------------------------------------
 
@@ -147,7 +176,8 @@ class SearchedNetwork(SearchModel):
         named = named_costs(type(self).__name__, cost)
         options = {label: len(decision.options) for label, decision in self.choices.items()}
         sizes = Sizes(self.masks, shapes_of(self.network), self.space.found, self.space.presence, options)
-        self._costs = MaskedCosts([self._terms(name, of_name, sizes) for name, of_name in named.items()], sizes)
+        self._costs = MaskedCosts([self._terms(name, of_name, sizes) for name, of_name in named.items()], sizes.full)
+        self._reachable: dict[str, tuple[float, float]] = {}
         self._chances = Chances(self._costs.conditions, options) if options else None
         self._cost_specification = cost
 
@@ -247,8 +277,11 @@ class SearchedNetwork(SearchModel):
             raise ConfigurationError(f"cost {name!r}: this network has {self._costs.names}")
 
     def reachable_costs(self) -> dict[str, tuple[float, float]]:
-        """Name -> (smallest, largest) cost of the networks that can be exported."""
-        return self._costs.reachable(self.masks, self.network)
+        """Name -> (smallest, largest) cost of the networks that can be exported.
+
+        Of a search that has got smaller, in which units were removed or candidates dropped, of all at first.
+        """
+        return self._reachable or self._costs.reachable(self.masks, self.network)
 
     def check_reachable(self, targets: Mapping[str, float]) -> None:
         """InfeasibleTargetError unless some architecture of the choices meets all targets with the smallest masks."""
@@ -431,7 +464,7 @@ class SearchedNetwork(SearchModel):
 
     def arch(self) -> dict[str, Any]:
         """What is found now: label -> option of a choice, kept units, kernel size or dilation of a mask."""
-        of_masks = self.masks.decisions()
+        of_masks = {**{label: gone.decision for label, gone in self._gone.items()}, **self.masks.decisions()}
         return {**self._options(self._indices()), **{label: of_masks[label] for label in self._decided}}
 
     def _options(self, indices: Mapping[str, int]) -> dict[str, Any]:
@@ -476,7 +509,9 @@ class SearchedNetwork(SearchModel):
     def offered(self) -> dict[str, tuple[Hashable, ...]]:
         """Label -> what is decided there: kind and size of a mask, options of a choice."""
         of_choices = {label: decision.members[0].signature() for label, decision in self.choices.items()}
-        return {**of_choices, **{label: self.masks[label].signature() for label in self._decided}}
+        of_masks = {label: gone.signature for label, gone in self._gone.items()}
+        of_masks.update({label: mask.signature() for label, mask in self.masks.items()})
+        return {**of_choices, **{label: of_masks[label] for label in self._decided}}
 
     def check_arch(self, arch: Mapping[str, Any]) -> None:
         """ArchMismatchError unless this network can be set to it."""
@@ -541,7 +576,7 @@ class SearchedNetwork(SearchModel):
 
     def _differing(self, examples: Sequence[Sequence[Any]]) -> str:
         """Which masks alone make an export differ, in a sentence."""
-        arch, full = self.arch(), {label: self.masks[label].everything() for label in self._decided}
+        arch, full = self.arch(), {x: self.masks[x].everything() for x in self._decided if x not in self._gone}
         guilty = []
         for label in full:
             self.decide({**arch, **full, label: arch[label]})

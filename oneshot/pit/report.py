@@ -72,7 +72,8 @@ def report_of(space: SearchSpace, masks: MaskSet, costs: Mapping[str, tuple[floa
     rows = []
     for axis in space.channels:
         members = tuple(str(d) for d in axis.dimensions)
-        rows.append(AxisRow(axis.label, "channels", axis.units, len(decisions[axis.label]), members))
+        size = masks[axis.label].made_with
+        rows.append(AxisRow(axis.label, "channels", size, len(decisions[axis.label]), members))
     for kernel in space.kernels:
         members = tuple(str(d) for d in kernel.positions)
         sides = len(next(iter(kernel.positions.values())))

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..graph.cut import cut
@@ -97,7 +98,10 @@ def call_masked(space: SearchSpace, masks: MaskSet, flat: Tensor, model: nn.Modu
 
 def rewriter_of(space: SearchSpace, model: nn.Module, args: Sequence[Any]) -> Rewriter | None:
     """What changes the numbers in the code of a graph; None for a network that is cut in place."""
-    return Rewriter(model, args, space.found) if space.as_graph and isinstance(model, fx.GraphModule) else None
+    if not space.as_graph or not isinstance(model, fx.GraphModule):
+        return None
+    # Of axes that have lost units, what is left: ``found`` has the units that there were at first.
+    return Rewriter(model, args, replace(space.found, groups=tuple(axis.group for axis in space.channels)))
 
 
 def cut_network(
@@ -129,7 +133,7 @@ def cut_network(
     if rewriter is not None:
         model = rewriter(units)
     elif renumber:
-        numbers = _of_modules(model, space.found.renumbered(units))
+        numbers = numbers_of_modules(model, space.found.renumbered(units_at_first(masks, units)))
     small = cut(model, kept, dilations=dilations, numbers=numbers)
     for module in small.modules():
         if isinstance(module, LayerChoice) and module.padding is not None:
@@ -137,7 +141,16 @@ def cut_network(
     return small
 
 
-def _of_modules(model: nn.Module, numbers: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
+def units_at_first(masks: MaskSet, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flags of the units that axes had at first, of which ``found`` speaks, from those of their units of now."""
+    found = {}
+    for label, flags in units.items():
+        found[label] = torch.zeros(masks[label].made_with, dtype=torch.bool)
+        found[label][list(masks[label].left)] = flags
+    return found
+
+
+def numbers_of_modules(model: nn.Module, numbers: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
     """For each number the user's module nearest to where it was used that has an attribute of that value."""
     found: dict[str, dict[int, int]] = {}
     modules = dict(model.named_modules())

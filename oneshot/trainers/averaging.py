@@ -86,6 +86,11 @@ class WeightAverage:
         self.updates = 0
         self._averages = {name: _start(tensor) for name, tensor in self._tensors().items()}
 
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The averages by the names of the weights."""
+        return dict(self._averages)
+
     @torch.no_grad()
     def update(self) -> None:
         """Take in what the weights are now, after a step; nothing is read by the CPU."""
@@ -97,6 +102,14 @@ class WeightAverage:
         values = [tensor.to(average.dtype) for tensor, average in zip(tensors.values(), averages, strict=True)]
         if averages:
             torch._foreach_lerp_(averages, values, 1 - decay_of(self.updates, self.decay))
+
+    def follow(self, model: nn.Module, averages: Mapping[str, Tensor]) -> None:
+        """Go on with a model that has lost some of its weights, and with these averages of what is left."""
+        left = {id(parameter) for parameter in model.parameters()}
+        layers = {id(module) for module in model.modules()}
+        self._weights = {name: weight for name, weight in self._weights.items() if id(weight) in left}
+        self._statistics = [row for row in self._statistics if id(row[1]) in layers]
+        self._averages = {name: averages.get(name, self._averages[name]) for name in self._tensors()}
 
     def adopt(self) -> None:
         """Let the model have the averages from now on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from abc import ABC, abstractmethod
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset, Subset
 from ..cost import LatencyTable, measure_table, time_module
 from ..data import BatchStream, Split, mix_seed, stratified_split, targets_of
 from ..data.stream import worker_deaths_named
-from ..errors import CheckpointError, ConfigurationError, TrainingDivergedError
+from ..errors import ArchMismatchError, CheckpointError, ConfigurationError, TrainingDivergedError
 from ..export import arch_of, argmax_choices, fingerprint, verified_fixed, write_arch
 from ..files import remove_leftovers
 from ..loggers import Progress
@@ -77,6 +78,15 @@ __all__ = ["Trainer"]
 _T = TypeVar("_T")
 _AGREE_EVERY = 8
 """Steps between two questions to the other processes whether one of them was told to stop."""
+
+
+class _Held(NamedTuple):
+    """What the tensors of a checkpoint are of."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    finetune_optimizer: Optimizer
+    arch_optimizer: Optimizer
 
 
 class Trainer(ABC):
@@ -176,6 +186,7 @@ class Trainer(ABC):
         self._optimizers = (self.optimizer, self.finetune_optimizer, self.arch_optimizer)
         self._first_lrs = {id(o): [g["lr"] for g in o.param_groups] for o in self._optimizers}
         self.average = None if ema_decay is None else WeightAverage(model, self.weights, ema_decay)
+        self._group_sizes = [len(group["params"]) for group in self.optimizer.param_groups]  # of the whole model
         self._factories = {"warmup": warmup_scheduler, "search": scheduler, "finetune": finetune_scheduler}
         self.scheduler: LRScheduler | None = None
         self.generator = torch.Generator().manual_seed(mix_seed(seed, 0))
@@ -253,7 +264,7 @@ class Trainer(ABC):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
         dataset = Subset(dataset, order.tolist()) if self.decisions else dataset
         with self._averaged(), self._within_targets(), self.searched.as_found(settled=self._is_settled):
-            mine = even_batches(dataset, self.batch_size, self.fabric.global_rank, self.processes.count)
+            mine = even_batches(dataset, self.batch_size, self.processes.rank, self.processes.count)
             for inputs, target in mine:
                 inputs, target = self._to_device(inputs), self._to_device(target)
                 with self.fabric.autocast():
@@ -334,9 +345,13 @@ class Trainer(ABC):
         TrainingDivergedError, and nothing is written, after a step whose loss was no number.
         """
         self._finite.look()
-        of_processes = self.processes.gathered({"meters": self._meters.state_dict()})
-        if not self.processes.is_first:
-            return
+        self.processes.launch()
+        of_processes = self._of_processes or self.processes.gathered({"meters": self._meters.state_dict()})
+        if self.is_first_process:
+            self._write(Path(path), of_processes)
+        self.processes.wait()  # for the file, which is there for all of them from now on
+
+    def _write(self, path: Path, of_processes: Sequence[Mapping[str, Any]]) -> None:
         if self._log is not None:
             self._log.sync()
         state = {
@@ -350,7 +365,7 @@ class Trainer(ABC):
             "arch_optimizer": self.arch_optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
-            "processes": of_processes,
+            "processes": list(of_processes),
             "history": self.history,
             "argmax": self._argmax,
             "log_size": self._log_size if self._log is None else self._log.size,
@@ -363,9 +378,10 @@ class Trainer(ABC):
             "regularizers": [part.state_dict() for part in (*self._of_weights, *self._of_costs)],
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": self.scale.state_dict(),
+            "removed": self.searched.removed(),
             "own": self._own_state(),
         }
-        write_checkpoint(Path(path), state)
+        write_checkpoint(path, state)
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Continue from a checkpoint file, or from the last one of a folder, at the next ``train()``.
@@ -396,19 +412,35 @@ class Trainer(ABC):
         if different:
             text = ", ".join(f"{k} {was!r} there and {now!r} here" for k, (was, now) in different.items())
             raise CheckpointError(f"{where}: made with other settings: {text}")
-        self._check_parts(state, where, own)
+        self._check_parts(state, self._held_without(state["removed"], where), where, own)
         self._read_from = where
         return state
 
-    def _check_parts(self, state: Mapping[str, Any], where: str, own: bool) -> None:
+    def _held_without(self, removed: Mapping[str, Any], where: str) -> _Held:
+        """The model and its optimizers, or copies of them from which the same has been taken out."""
+        held = _Held(self.model, *self._optimizers)
+        if removed == self.searched.removed():
+            return held
+        held = copy.deepcopy(held)
+        try:
+            self.searched.remove_(held.model, removed, list({id(o): o for o in held[1:]}.values()))
+        except (ArchMismatchError, ConfigurationError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: removed: {error}") from error
+        return held
+
+    def _check_parts(self, state: Mapping[str, Any], held: _Held, where: str, own: bool) -> None:
         """CheckpointError unless all that is taken from a checkpoint fits this trainer: then nothing can fail."""
-        check_fits(state["model"], self.model, f"{where}: model")
-        check_optimizer(state["optimizer"], self.optimizer, f"{where}: optimizer")
-        check_argmax(state["argmax"], self._argmax, f"{where}: argmax")
+        check_fits(state["model"], held.model, f"{where}: model")
+        check_optimizer(state["optimizer"], held.optimizer, f"{where}: optimizer")
+        check_argmax(state["argmax"], argmax_choices(held.model), f"{where}: argmax")
         check_history(state["history"], [f"{name}_hard" for name in self.targets.by_cost], f"{where}: history")
         if len(state["processes"]) != self.fabric.world_size:
             raise CheckpointError(f"{where}: of {len(state['processes'])} processes, here are {self.fabric.world_size}")
-        followed = None if self.average is None else self.average.state_dict()
+        followed = None
+        if self.average is not None:
+            names = [name for name in self.average.averages if name in held.model.state_dict()]
+            tensors = held.model.state_dict()
+            followed = {"updates": 0, "averages": {name: tensors[name] for name in names}}
         for name, mine in (("average", followed), ("scaler", self.scale.state_dict())):
             if mine is not None:
                 check_like(state[name] or {}, mine, f"{where}: {name}")
@@ -419,13 +451,17 @@ class Trainer(ABC):
         for k, (part, of_part) in enumerate(zip(parts, state["regularizers"], strict=False)):
             check_regularizer(of_part, part.state_dict(), f"{where}: regularizers[{k}]")
         if own:
-            check_optimizer(state["arch_optimizer"], self.arch_optimizer, f"{where}: arch_optimizer")
-            check_optimizer(state["finetune_optimizer"], self.finetune_optimizer, f"{where}: finetune_optimizer")
+            check_optimizer(state["arch_optimizer"], held.arch_optimizer, f"{where}: arch_optimizer")
+            check_optimizer(state["finetune_optimizer"], held.finetune_optimizer, f"{where}: finetune_optimizer")
             check_targets_state(state["targets"], list(self.targets.by_cost), f"{where}: targets")
-            self._check_own_state(state["own"], f"{where}: own")
+            self._check_own_state(state["own"], held.model, f"{where}: own")
 
     def _take(self, state: Mapping[str, Any]) -> None:
         """All of a checkpoint but what is of the search, or of what comes after it."""
+        self._finite.forget()
+        if state["removed"] != self.searched.removed():
+            self.searched.remove_(self.model, state["removed"], self._held_by())
+            self._follow_model({})
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
@@ -477,6 +513,10 @@ class Trainer(ABC):
     def _enter_phase(self, phase: str) -> None:
         """What a phase begins with; it may be done twice, when a run is taken up exactly there."""
 
+    def _made_smaller(self, phase: str) -> dict[str, float]:
+        """At the end of an epoch, before it is looked at: the model may lose what is not searched any more."""
+        return {}
+
     def _after_epoch(self, phase: str) -> None:
         """Look at ``history`` at the end of an epoch; may call ``_end_phase``."""
 
@@ -502,14 +542,42 @@ class Trainer(ABC):
         """What else a checkpoint holds, tensors and plain data."""
         return {}
 
-    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
-        """CheckpointError unless it is what ``_own_state`` returns, and ``_load_own_state`` can take over."""
+    def _check_own_state(self, state: Mapping[str, Any], model: nn.Module, where: str) -> None:
+        """CheckpointError unless it is what ``_own_state`` returns, and ``_load_own_state`` can take over.
+
+        ``model``: the searched one, without what has been taken out of it.
+        """
         record()(state, where)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         """Take over what ``_own_state`` returned."""
 
     # ---- pieces of a step --------------------------------------------------------------------------------------
+
+    def _shrink(self) -> int:
+        """Take out of the model what the architecture of now has not; how many units and candidates went."""
+        averages = {} if self.average is None else self.average.averages
+        state, archs = self._kept_state()
+        count = self.searched.shrink_(self._held_by(), [averages, state], archs)
+        if count:
+            self._follow_model(averages)
+        return count
+
+    def _kept_state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """The state of the epoch that is kept, if one is, and its architecture."""
+        return {}, []
+
+    def _held_by(self) -> list[Optimizer]:
+        """The optimizers, each once."""
+        return list({id(optimizer): optimizer for optimizer in self._optimizers}.values())
+
+    def _follow_model(self, averages: Mapping[str, Tensor]) -> None:
+        """The model has become smaller, in place."""
+        self.searched.follow_model()
+        self.weights, self.norms = weight_parameters(self.model), normalisations(self.model)
+        self._argmax = argmax_choices(self.model)
+        if self.average is not None:
+            self.average.follow(self.model, averages)
 
     def _set(self, sampler: Sampler) -> None:
         set_sampler(self.decisions, sampler)
@@ -527,7 +595,6 @@ class Trainer(ABC):
 
     def _backward(
         self,
-        name: str,
         batch: Any,
         loss: Callable[[Any, Any], Tensor],
         *,
@@ -558,22 +625,24 @@ class Trainer(ABC):
             with frozen_statistics(self.norms) if evaluates_others else nullcontext():
                 self.fabric.backward(of_part)
         assert total is not None
-        self._finite.add(self.step, {name: total})
         return total, measured
 
-    def _ready(self, optimizers: Sequence[Optimizer], *, moves_statistics: bool) -> bool:
+    def _ready(self, optimizers: Sequence[Optimizer], losses: Mapping[str, Tensor], *, moves_statistics: bool) -> bool:
         """Make the gradients those of all processes, in full scale; False if they overflow and the step is left out.
 
-        ``moves_statistics``: with them, the running statistics: every process has seen other samples.
+        ``losses``: what they are of, by name. One that is no number anywhere ends the run everywhere, before anything
+        moves. ``moves_statistics``: with them, the running statistics: every process has seen other samples.
         """
+        held = {name: loss.detach().clone() for name, loss in losses.items()} if self.processes.count > 1 else losses
         if self.processes.count > 1:
-            # Every process draws the same paths, so the same parameters have gradients everywhere.
-            groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
-            gradients = [p.grad for group in groups for p in group if p.grad is not None]
-            self.processes.mean_([*gradients, *(self._statistics() if moves_statistics else ())])
+            parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+            self.processes.fill_gradients(parameters)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self.processes.mean_([*gradients, *held.values(), *(self._statistics() if moves_statistics else ())])
+        self._finite.add(self.step, held)
         is_ready = self.scale.unscale_(optimizers)
-        if not is_ready:
-            self._note({"overflows": 1.0})
+        if self.scale.scaler is not None:
+            self._note({"overflows": float(not is_ready)})
         return is_ready
 
     def _statistics(self) -> list[Tensor]:
@@ -584,8 +653,8 @@ class Trainer(ABC):
         if sampler is not None:
             self._set(sampler)
         self._weight_optimizer.zero_grad(set_to_none=True)
-        loss, measured = self._backward("loss", batch, self.loss)
-        if self._ready([self._weight_optimizer], moves_statistics=True):
+        loss, measured = self._backward(batch, self.loss)
+        if self._ready([self._weight_optimizer], {"loss": loss}, moves_statistics=True):
             noted = self._regularize_weights(loss)
             self._step_weights()
             self._note({"loss": loss, **noted, **measured})
@@ -688,7 +757,8 @@ class Trainer(ABC):
         where = f"resume({str(last)!r})" if last is not None and last.exists() else "none was written"
         text = ", ".join(f"{name} = {value}" for name, value in values.items())
         raise TrainingDivergedError(
-            f"step {step} ({self.phase}, epoch {self.epoch}): {text}. Last good checkpoint: {where}. "
+            f"step {step} ({self._phase_of_step}, epoch {step // self.steps_per_epoch}): {text}. Last good checkpoint: "
+            f"{where}. "
             "Lower the learning rate, or look at the data of this step"
         )
 
@@ -751,6 +821,7 @@ class Trainer(ABC):
                 self._after_run()
                 if self._log is not None:
                     self._log.table(self.step, self.history[-1:])
+            self._stop(self.processes.largest(self._stop_signal))
 
     def _prepare(self) -> tuple[BatchStream, BatchStream | None]:
         dataset, arch_dataset = self.dataset, self.arch_dataset
@@ -761,10 +832,13 @@ class Trainer(ABC):
             )
         self.processes.launch()
         if self._of_processes is not None:
-            self._meters.load_state_dict(self._of_processes[self.fabric.global_rank]["meters"])
+            self._meters.load_state_dict(self._of_processes[self.processes.rank]["meters"])
             self._of_processes = None
-        self.processes.check_alike({"space": fingerprint(self.model), **self._settings()})
+        table = None if self.latency_table is None else str(self.latency_table.by_place)
+        self.processes.check_alike({"space": fingerprint(self.model), "latency table": table, **self._settings()})
         self.processes.share(list(self.model.state_dict().values()))
+        if self.average is not None and self.step == 0:
+            self.average.restart()  # with the weights of the first process, or those loaded meanwhile
         n, n_arch = len(dataset), len(arch_dataset)  # type: ignore[arg-type]
         if n != n_arch:
             raise ConfigurationError(
@@ -814,6 +888,7 @@ class Trainer(ABC):
 
             for part in self._of_weights:
                 part.calibrate(self._network, closure)
+                part.load_state_dict(self.processes.from_first(part.state_dict))
 
     def _split(self, dataset: Dataset[Any], n: int) -> Split:
         """What trains the weights and what trains the architecture; without ``arch_fraction``, all of it both."""
@@ -886,7 +961,7 @@ class Trainer(ABC):
             while self.epoch == epoch:
                 self._latest = {}
                 batch = next(batches)
-                seed_global_state(self.seed, self.step, self.fabric.global_rank)
+                seed_global_state(self.seed, self.step, self.processes.rank)
                 step_of(batch)
                 self.step += 1
                 line.update(self._progress_values)
@@ -909,11 +984,12 @@ class Trainer(ABC):
             self._log.probabilities(self.step, self.searched.shares())
         if phase == "search":
             self.targets.after_epoch(self._progress)
+        values.update(self._made_smaller(phase))
         with self._within_targets():
             values.update(self.targets.values({name: values[f"{name}_hard"] for name in self.targets.by_cost}))
             if self.valid_dataset is not None:
                 values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
-            self._argmax = now
+            self._argmax = argmax_choices(self.model)
             self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
             self._log_values("epoch", phase, epoch, values)
             self._after_epoch(phase)
@@ -949,13 +1025,16 @@ class Trainer(ABC):
         if self.checkpoint_dir is None:
             return
         if due or self.processes.count == 1 or self.step % _AGREE_EVERY == 0:
-            self._stop_signal = self.processes.largest(self._stop_signal)  # which one of them may have got
-            if due or self._stop_signal:
+            stop = self.processes.largest(self._stop_signal)  # which one of them may have got
+            if due or stop:
                 self.save(self.checkpoint_dir / LAST)
-            if self._stop_signal:
-                self.processes.wait()
-                # One that ends with an error makes the launcher kill the first one, which says how it ended.
-                raise SystemExit(128 + self._stop_signal if self.processes.is_first else 0)
+            self._stop(stop)
+
+    def _stop(self, number: int) -> None:
+        """Leave, if there was a signal of that number; all processes together."""
+        if number:
+            # One that ends with an error makes the launcher kill the first one, which says how it ended.
+            raise SystemExit(128 + number if self.is_first_process else 0)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -1001,7 +1080,7 @@ class Trainer(ABC):
             "grad_clip": self.clip.limits,
             "ema_decay": None if self.average is None else self.average.decay,
             "optimizer": type(self.optimizer).__name__,
-            "parameters per group": [len(group["params"]) for group in self.optimizer.param_groups],
+            "parameters per group": self._group_sizes,
             "regularizers of weights": [part.settings() for part in self._of_weights],
         }
 

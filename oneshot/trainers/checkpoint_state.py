@@ -107,6 +107,7 @@ CHECKS: Mapping[str, Check] = {
     "regularizers": list_of(mapping_of(plain)),
     "average": optional(mapping_of(anything)),  # as what the trainer has itself, by ``check_like``
     "scaler": optional(mapping_of(number)),
+    "removed": mapping_of(anything),
     "own": mapping_of(anything),  # of the class of the trainer
 }
 """Key -> what stands there. A key that is saved gets its line here."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..cost import Cost, LatencyTable, best_under_budget
+from ..cost import Cost, CostModel, LatencyTable, best_under_budget
 from ..cost.decode import cost_range
 from ..errors import UnsupportedModelError
 from ..export import argmax_choices
+from ..export.dropping import drop_candidates_, dropped_candidates, narrowing, remove_candidates_
 from ..graph import evaluated
 from ..mutables import Argmax, arch_parameters, decisions
 from ..mutables.base import SearchModel
@@ -63,6 +65,7 @@ class Choices(Searched):
         self.train_selection = train_selection
         self._measure = measure
         self._costs: dict[str, Cost] = {}
+        self._narrowed: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,6 +139,51 @@ class Choices(Searched):
     def keep_targets_(self, targets: Mapping[str, float], *, fills: bool) -> None:
         if self.train_selection:
             choose_(self.decisions, {name: self.cost_model(name) for name in targets}, targets, fills=fills)
+
+    def shrink_(
+        self,
+        optimizers: Sequence[Optimizer],
+        followers: Sequence[MutableMapping[str, Tensor]],
+        archs: Sequence[Mapping[str, Any]],
+    ) -> int:
+        if not self.train_selection:
+            return 0
+        before = {label: decision.options for label, decision in self.decisions.items()}
+        gone = drop_candidates_(self.model, [self.example()], optimizers=optimizers, archs=archs)
+        if gone:
+            self._narrow(gone)
+            for follower in followers:
+                self._follow(follower, before)
+        return sum(len(candidates) for candidates in gone.values())
+
+    def _follow(self, follower: MutableMapping[str, Tensor], before: Mapping[str, Sequence[Any]]) -> None:
+        """Take out of tensors by their names what the model, with these options ``before``, has lost."""
+        state = self.model.state_dict(keep_vars=True)
+        options = {id(d.alpha): (before[label], d.options) for label, d in self.decisions.items()}
+        for name in list(follower):
+            if name not in state:
+                del follower[name]
+            elif id(state[name]) in options:
+                old, new = options[id(state[name])]
+                follower[name] = follower[name][[old.index(option) for option in new]]
+
+    def _narrow(self, gone: Mapping[str, Sequence[Any]]) -> None:
+        """Costs of what is left: counted as they were, or anew where that is not known of them."""
+        narrow = narrowing(self.model, gone)
+        kept = {name: cost for name, cost in self._costs.items() if isinstance(cost, CostModel)}
+        self._costs = {name: cost.narrowed(narrow, self.model) for name, cost in kept.items()}
+        self._narrowed = tuple(self._costs)
+
+    def removed(self) -> dict[str, Any]:
+        return dropped_candidates(self.model)
+
+    def remove_(self, model: nn.Module, removed: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
+        remove_candidates_(model, removed, [self.example()], optimizers=optimizers)
+
+    def follow_model(self) -> None:
+        # Counted on what is left, but for those that were narrowed already.
+        self._costs = {name: cost for name, cost in self._costs.items() if name in self._narrowed}
+        self._narrowed = ()
 
     @property
     def has_masks(self) -> bool:

@@ -121,7 +121,8 @@ class DARTSTrainer(Trainer):
         arch_fraction: float = 0.5,
         **others: Unpack[SharedArguments],
     ) -> None:
-        others.setdefault("grad_clip", 5.0)
+        clip = others.get("grad_clip", 5.0)
+        others["grad_clip"] = {"weights": 5.0, **clip} if isinstance(clip, Mapping) else clip
         _check_numbers(order, others.get("precision", "32-true"), alpha_std, others.get("accumulate", 1))
         self.choices = Choices(model, CostSources(cost, applied_hardware, missing), dummy_input, self._measured_once)
         super().__init__(
@@ -194,10 +195,10 @@ class DARTSTrainer(Trainer):
         with frozen_statistics(self.norms), frozen_weights(decided):
             if self.order == 1:
                 with frozen_weights(self.weights):
-                    task, _ = self._backward("arch_loss", arch_batch, self.arch_loss, again=True)
+                    task, _ = self._backward(arch_batch, self.arch_loss, again=True)
             else:
                 task = self._unrolled_gradients(arch_batch, batch, learning)
-        if not self._ready([self.arch_optimizer], moves_statistics=False):
+        if not self._ready([self.arch_optimizer], {"arch_loss": task}, moves_statistics=False):
             return
         expected = self.choices.step_costs()
         self._finite.add(self.step, _named(expected))
@@ -221,13 +222,11 @@ class DARTSTrainer(Trainer):
 
         def valid() -> Tensor:
             loss, _, _ = self._forward(arch_batch, self.arch_loss, again=True)
-            self._finite.add(self.step, {"arch_loss": loss})
             task.append(loss.detach())
             return loss
 
         def train() -> Tensor:
             loss, _, _ = self._forward(batch, self.loss, again=True)
-            self._finite.add(self.step, {"loss": loss})
             return loss
 
         weights, updates = updates_of(self.optimizer)
@@ -332,7 +331,7 @@ class DARTSTrainer(Trainer):
             "past": [] if self.monitor is None else self.monitor.state(),
         }
 
-    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
+    def _check_own_state(self, state: Mapping[str, Any], model: nn.Module, where: str) -> None:
         of_epoch = record(**{label: tensor_like(d.alpha) for label, d in self.decisions.items()})
         record(stopped=optional(row_of(whole, whole, text)), past=list_of(of_epoch))(state, where)
 

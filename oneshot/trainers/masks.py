@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
@@ -17,7 +17,10 @@ from ..export import verified_fixed
 from ..graph import evaluated
 from ..graph.cut import copied
 from ..mutables import Argmax, Softmax, arch_parameters
+from ..pit.drop import drop_
 from ..pit.network import SearchedNetwork
+from ..pit.shrink import shrink_
+from ..pit.smaller import remove_, removed
 from .costs import CostSources
 from .meters import mean_entropy
 from .modes import batch_statistics
@@ -59,9 +62,12 @@ class Masks(Searched):
     def __init__(self, network: SearchedNetwork, *, train_selection: bool = True) -> None:
         super().__init__(network, CostSources(None, None))
         self.network, self.train_selection = network, train_selection
-        alphas = {id(d.alpha) for d in network.choices.values()}
-        self._alphas = [p for p in arch_parameters(network) if id(p) in alphas]
-        self._masks = [p for p in arch_parameters(network) if id(p) not in alphas]
+        self.follow_model()
+
+    def follow_model(self) -> None:
+        alphas = {id(d.alpha) for d in self.network.choices.values()}
+        self._alphas = [p for p in arch_parameters(self.network) if id(p) in alphas]
+        self._masks = [p for p in arch_parameters(self.network) if id(p) not in alphas]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,6 +175,25 @@ class Masks(Searched):
                 stack.callback(alpha.requires_grad_, alpha.requires_grad)
                 alpha.requires_grad_(False)  # it stays as it is
             self.network.keep_targets_(targets, fills=fills)
+
+    def shrink_(
+        self,
+        optimizers: Sequence[Optimizer],
+        followers: Sequence[MutableMapping[str, Tensor]],
+        archs: Sequence[Mapping[str, Any]],
+    ) -> int:
+        gone: dict[str, list[Any]] = {}
+        if self.network.choices and self.train_selection:
+            gone = drop_(self.network, optimizers=optimizers, followers=followers, archs=archs)
+        counts = shrink_(self.network, optimizers, followers, archs)
+        return sum(counts.values()) + sum(len(candidates) for candidates in gone.values())
+
+    def removed(self) -> dict[str, Any]:
+        return removed(self.network)
+
+    def remove_(self, model: nn.Module, removed: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
+        assert isinstance(model, SearchedNetwork)
+        remove_(model, removed, optimizers)
 
     def lift_masks_(self, limits: Mapping[str, float]) -> None:
         self.network.lift_masks_(limits)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,11 +46,22 @@ def parts_of_batch(batch: Any, count: int) -> list[tuple[float, Any]]:
     """
     if count == 1:
         return [(1.0, batch)]
-    leaves, tree = pytree.tree_flatten(batch)
-    n = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim())
+    n = next(leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
     count = min(count, n)
-    cut = [leaf.tensor_split(count) if isinstance(leaf, Tensor) and leaf.dim() else [leaf] * count for leaf in leaves]
-    parts = [pytree.tree_unflatten([pieces[i] for pieces in cut], tree) for i in range(count)]
-    # As tensor_split has it: the first n mod count parts have one more.
     sizes = [n // count + (i < n % count) for i in range(count)]
-    return [(size / n, part) for size, part in zip(sizes, parts, strict=True)]
+    ends = list(accumulate(sizes))
+    return [(size / n, _rows(batch, end - size, end, n)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _rows(data: Any, start: int, end: int, n: int) -> Any:
+    """The samples from ``start`` to ``end`` of what holds ``n``: rows of tensors, items of a list of texts."""
+    if isinstance(data, Tensor):
+        return data[start:end] if data.dim() else data
+    if isinstance(data, Mapping):
+        return {key: _rows(value, start, end, n) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        if len(data) == n and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(data)):
+            return data[start:end]
+        items = [_rows(item, start, end, n) for item in data]
+        return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
+    return data

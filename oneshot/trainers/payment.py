@@ -58,9 +58,10 @@ def payment(
     """
     # The loss sees each part as a variable of its own, so that their shares of the gradient are known.
     of_task = task.detach().clone().requires_grad_()
-    variables = {name: cost.detach().clone().requires_grad_() for name, cost in costs.items()}
+    # A cost that nothing moves may be a number on the CPU.
+    variables = {name: cost.detach().to(task.device, copy=True).requires_grad_() for name, cost in costs.items()}
     total = loss(of_task, variables)
     total.backward()
-    slopes = {name: variable.grad for name, variable in variables.items()}
+    slopes = {name: None if v.grad is None else v.grad.to(costs[name].device) for name, v in variables.items()}
     factor = torch.zeros_like(task) if of_task.grad is None else of_task.grad
     return Payment(total.detach(), factor, weighted_gradients(costs, slopes, learning), pull)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Subset
 
 from ..errors import ConfigurationError, InfeasibleTargetError
+from ..export import arch_of, argmax_choices
 from ..graph import evaluated
 from ..mutables import Sampler, arch_parameters
 from ..regularizers import Regularizer
@@ -20,7 +21,7 @@ from .base import Trainer
 from .batches import even_batches
 from .checkpoint import BEST
 from .checkpoint_fit import check_fits
-from .checkpoint_kinds import optional, record
+from .checkpoint_kinds import anything, mapping_of, optional, record
 from .cost_loss import CostLoss
 from .decidedness import Decidedness
 from .gradients import add_gradients, weighted_gradients
@@ -47,6 +48,7 @@ class PenalizedArguments(SharedArguments, total=False):
     targets: Mapping[str, float] | None
     regularizer: Regularizer | None
     arch_fraction: float
+    shrink_every: int | None
     patience: int | None
     monitor: str
     monitor_mode: Literal["min", "max"] | None
@@ -80,6 +82,7 @@ class PenalizedTrainer(Trainer):
         strength: float | Mapping[str, float] = 0.0,
         normalize: bool = False,
         arch_fraction: float = 0.0,
+        shrink_every: int | None = None,
         patience: int | None = None,
         monitor: str = "loss",
         monitor_mode: Literal["min", "max"] | None = None,
@@ -101,9 +104,18 @@ class PenalizedTrainer(Trainer):
         self.cost_loss = cost_loss
         self.arch_parameters = arch_parameters(self.model)
         self.patience, self.monitor = patience, monitor
+        check_counts(shrink_every=shrink_every)
+        if shrink_every is not None and self._of_weights:
+            raise ConfigurationError(
+                f"shrink_every={shrink_every}: {[type(part).__name__ for part in self._of_weights]} have groups of the "
+                "weights of the whole network; leave one of them out"
+            )
+        self.shrink_every = shrink_every
         self.larger_is_better = larger_is_better(monitor, monitor_mode)
         self._check_patience()
+        self._n_learning = len(self._learning())
         self._best: dict[str, Tensor] | None = None
+        self._best_arch: dict[str, Any] = {}
         self._paid: Payment | None = None  # of the step that is being made
         self._of_terms: Sequence[Tensor | None] = []
         self._noted: dict[str, Tensor | float] = {}
@@ -157,7 +169,7 @@ class PenalizedTrainer(Trainer):
         self.arch_optimizer.zero_grad(set_to_none=True)
         with frozen_weights(self._still()):
             task, noted = self._gradients("loss", batch)
-        if self._ready([self._weight_optimizer, self.arch_optimizer], moves_statistics=True):
+        if self._ready([self._weight_optimizer, self.arch_optimizer], {"loss": task}, moves_statistics=True):
             noted.update(self._regularize_weights(task))
             self._step_weights()
             self._step_arch(noted)
@@ -167,14 +179,14 @@ class PenalizedTrainer(Trainer):
         self._draw()
         self.arch_optimizer.zero_grad(set_to_none=True)
         with frozen_weights([*self.weights, *self._still()]), frozen_statistics(self.norms):
-            _, noted = self._gradients("arch_loss", batch)
-        if self._ready([self.arch_optimizer], moves_statistics=False):
+            task, noted = self._gradients("arch_loss", batch)
+        if self._ready([self.arch_optimizer], {"arch_loss": task}, moves_statistics=False):
             self._step_arch(noted)
 
     def _gradients(self, name: str, batch: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The gradients of the task and, apart from them, what the architecture pays; its loss, and what to note."""
         task, measured = self._backward(
-            name, batch, self.loss, before_last=self._pay_for_costs, evaluates_others=bool(self.decisions)
+            batch, self.loss, before_last=self._pay_for_costs, evaluates_others=bool(self.decisions)
         )
         return task, {name: task, **(measured if name == "loss" else {}), **self._noted}
 
@@ -210,6 +222,21 @@ class PenalizedTrainer(Trainer):
         self._keep_targets()
         self._note({**noted, **shares})
 
+    # ---- a network that gets smaller -------------------------------------------------------------------------------
+
+    def _made_smaller(self, phase: str) -> dict[str, float]:
+        if self.shrink_every is None or phase != "search":
+            return {}
+        done = self.search_step // self.steps_per_epoch
+        return {"removed": float(self._shrink()) if done % self.shrink_every == 0 else 0.0}
+
+    def _kept_state(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        return ({}, []) if self._best is None else (self._best, [self._best_arch])
+
+    def _follow_model(self, averages: Mapping[str, Tensor]) -> None:
+        super()._follow_model(averages)
+        self.arch_parameters = arch_parameters(self.model)
+
     # ---- which epoch is kept -----------------------------------------------------------------------------------
 
     def _after_epoch(self, phase: str) -> None:
@@ -226,6 +253,7 @@ class PenalizedTrainer(Trainer):
         if kept is records[-1]:
             with self._averaged():
                 self._best = _copied(self.model)
+                self._best_arch = arch_of(self.model, argmax_choices(self.model))
             if self.checkpoint_dir is not None:
                 self.save(self.checkpoint_dir / BEST)
 
@@ -234,7 +262,11 @@ class PenalizedTrainer(Trainer):
 
     def _enter_phase(self, phase: str) -> None:
         if phase == "finetune":
+            if self.average is not None and self._best is None:
+                self.average.adopt()  # of a kept epoch, it is averages that are taken
             self._take_best()
+            if self.shrink_every is not None:
+                self._shrink()
 
     def _after_run(self) -> None:
         if self._best is not None:
@@ -329,20 +361,22 @@ class PenalizedTrainer(Trainer):
             "strength": penalty.strength,
             "normalize": penalty.normalize,
             "arch_optimizer": type(self.arch_optimizer).__name__,
-            "learning": len(self._learning()),
+            "learning": self._n_learning,
+            "shrink_every": self.shrink_every,
             "sampling": None if self.sampling is None else str(self.sampling),
             "decidedness": str(self.decidedness),
             "cost_loss": None if cost_loss is None else [cost_loss.kind, cost_loss.params, cost_loss.references],
         }
 
     def _own_state(self) -> dict[str, Any]:
-        return {"best": self._best}
+        return {"best": self._best, "best_arch": self._best_arch}
 
-    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
-        record(best=optional(lambda best, at: check_fits(best, self.model, at)))(state, where)
+    def _check_own_state(self, state: Mapping[str, Any], model: nn.Module, where: str) -> None:
+        best = optional(lambda best, at: check_fits(best, model, at))
+        record(best=best, best_arch=mapping_of(anything))(state, where)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        self._best = state["best"]
+        self._best, self._best_arch = state["best"], state["best_arch"]
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, final
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigurationError, TrainingDivergedError
 from .meters import Meters
@@ -37,13 +37,18 @@ class Processes:
             return
         self.fabric.launch()
         self._is_launched = True
-        if self.count > 1:
+        if self.count > 1 and dist.get_backend() != "gloo":
             self._talk = dist.new_group(backend="gloo")
 
     @property
     def count(self) -> int:
         """How many there are; 1 before ``launch``, when each is on its own."""
         return self.fabric.world_size if self._is_launched else 1
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is; 0 before ``launch``."""
+        return int(self.fabric.global_rank) if self._is_launched else 0
 
     @property
     def is_first(self) -> bool:
@@ -75,11 +80,23 @@ class Processes:
         """Each tensor becomes its mean over all processes: one message, and the same bits in each of them."""
         if self.count == 1 or not tensors:
             return
-        flat = self.fabric.all_reduce(torch.cat([t.detach().flatten() for t in tensors]), reduce_op="mean")
-        assert isinstance(flat, Tensor)
+        # Not Fabric's all_reduce, which lets the CPU wait for the GPU first.
+        flat = torch.cat([t.detach().flatten().to(self.fabric.device) for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.count
         with torch.no_grad():
             for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
+
+    def fill_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """A gradient of zeros for each parameter that has one in another process, as in a layer left out by chance."""
+        if self.count == 1:
+            return
+        there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        dist.all_reduce(there, op=dist.ReduceOp.MAX, group=self._talk)
+        for parameter, somewhere in zip(parameters, there.tolist(), strict=True):
+            if somewhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
@@ -115,7 +132,8 @@ class Processes:
         for tensor in tensors if self.count > 1 else ():
             by_type.setdefault(tensor.dtype, []).append(tensor)
         for alike in by_type.values():
-            flat = self.fabric.broadcast(torch.cat([t.detach().flatten() for t in alike]))
+            flat = torch.cat([t.detach().flatten() for t in alike]).cpu()
+            dist.broadcast(flat, src=0, group=self._talk)
             for tensor, value in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
                 tensor.copy_(value.view_as(tensor))
 

@@ -262,13 +262,12 @@ class ProxylessTrainer(Trainer):
         still = [p for p in self.arch_parameters if id(p) not in learns]
         found: list[tuple[Payment, dict[str, Tensor]]] = []
         with frozen_weights([*self.weights, *still]), frozen_statistics(self.norms):
-            self._backward(
-                "task_loss",
+            task, _ = self._backward(
                 batch,
                 self.arch_loss,
                 before_last=lambda task: found.append(self._payment(task, learning)),
             )
-        if not self._ready([self.arch_optimizer], moves_statistics=False):
+        if not self._ready([self.arch_optimizer], {"task_loss": task}, moves_statistics=False):
             return
         [(paid, noted)] = found
         shares = paid.add_to(learning, lambda: self._add_targets(paid.pull, learning))
@@ -429,7 +428,7 @@ class ProxylessTrainer(Trainer):
     def _own_state(self) -> dict[str, Any]:
         return {"baseline": self.baseline}
 
-    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
+    def _check_own_state(self, state: Mapping[str, Any], model: nn.Module, where: str) -> None:
         record(baseline=optional(number))(state, where)
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..cost import LatencyTable
 from .costs import CostSources
@@ -127,6 +128,32 @@ class Searched(ABC):
 
     def clip_(self) -> None:
         """Bring what a step has moved back to the values that are allowed."""
+
+    def shrink_(
+        self,
+        optimizers: Sequence[Optimizer],
+        followers: Sequence[MutableMapping[str, Tensor]],
+        archs: Sequence[Mapping[str, Any]],
+    ) -> int:
+        """Take out of the model, in place, what the architecture of now has not; how many units and candidates went.
+
+        ``optimizers`` follow, and tensors by the names that ``model`` has them under; ``archs`` stay possible.
+        ExportError, with nothing changed, unless the model computes and costs what it did.
+        """
+        return 0
+
+    def removed(self) -> dict[str, Any]:
+        """What has been taken out, as plain data."""
+        return {}
+
+    def remove_(self, model: nn.Module, removed: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
+        """Take the same out of ``model``, a copy of the searched one in its full size; ArchMismatchError if it cannot.
+
+        For the searched one itself, ``follow_model`` is to be called then.
+        """
+
+    def follow_model(self) -> None:
+        """Look at the model anew, which has become smaller."""
 
     def take_table(self, table: LatencyTable) -> None:
         """A latency table that an earlier part of this run measured."""

@@ -91,21 +91,24 @@ def _check_strategy(strategy: str) -> None:
 
 
 def _kind_of_device(device: torch.device | str | None, accelerator: str | None) -> tuple[str, int | None]:
-    """'cpu', 'cuda' or 'mps', and which one of them."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    names = {None: None, "auto": best, "gpu": "cuda" if best == "cpu" else best, "cpu": "cpu", "cuda": "cuda"}
-    names["mps"] = "mps"
+    """'cpu' or 'cuda', and which one of them."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    names = {None: None, "auto": best, "gpu": "cuda", "cpu": "cpu", "cuda": "cuda"}
     if accelerator not in names:
         known = [name for name in names if name is not None]
         raise ConfigurationError(f"accelerator={accelerator!r}: allowed are {known}")
     wanted = names[accelerator]
     if device is None:
-        # What a user of a laptop gets without asking is what every operator has.
-        return wanted or ("cuda" if best == "cuda" else "cpu"), None
+        return wanted or best, None
     own = torch.device(device)
+    if own.type not in ("cpu", "cuda"):
+        raise ConfigurationError(
+            f"device={str(device)!r}: 'cpu' or 'cuda' is needed; Apple's GPUs have no float64, in which costs and "
+            "means are added up"
+        )
     if wanted is not None and own.type != wanted:
         raise ConfigurationError(f"device={str(device)!r} and accelerator={accelerator!r}: give one of them")
-    return own.type, own.index
+    return own.type, own.index if own.type == "cuda" else None
 
 
 def _started(devices: Devices, num_nodes: int | None) -> tuple[Devices, int]:
@@ -129,7 +132,8 @@ def own_optimizer(optimizer: OptimizerLike, weights: list[nn.Parameter]) -> Opti
     The user's own one was built from ``model.parameters()``, alphas included, and is left as it is.
     """
     if not isinstance(optimizer, Optimizer):
-        return optimizer(weights)
+        return _with_simple_steps(optimizer(weights))
+    _with_simple_steps(optimizer)
     mine = {id(p) for p in weights}
     groups = []
     for group in optimizer.param_groups:
@@ -147,6 +151,15 @@ def own_optimizer(optimizer: OptimizerLike, weights: list[nn.Parameter]) -> Opti
         if p in optimizer.state:
             own.state[p] = dict(optimizer.state[p])
     return own
+
+
+def _with_simple_steps(optimizer: Optimizer) -> Optimizer:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigurationError(
+            "optimizer: LBFGS evaluates the loss several times in a step, each of which would be another draw; use SGD "
+            "or Adam"
+        )
+    return optimizer
 
 
 def to_device_of_weights(optimizer: Optimizer) -> None:

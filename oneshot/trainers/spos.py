@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Subset
 
@@ -185,12 +185,15 @@ class SPOSTrainer(Trainer):
         """One step of the weights by the summed gradients of paths on which every option runs."""
         paths = fair_paths({label: len(d.options) for label, d in self.decisions.items()}, self.generator)
         self._weight_optimizer.zero_grad(set_to_none=True)
+        losses: list[Tensor] = []
         for path in paths:
             for label, decision in self.decisions.items():
                 decision.set_sampler(OnePath(path[label]))
-            loss, measured = self._backward("loss", batch, self.loss, again=True)
+            loss, measured = self._backward(batch, self.loss, again=True)
+            losses.append(loss)
             self._note({"loss": loss, **measured})
-        if self._ready([self._weight_optimizer], moves_statistics=True):
+        mean = torch.stack(losses).mean()
+        if self._ready([self._weight_optimizer], {"loss": mean}, moves_statistics=True):
             self._note(self._regularize_weights(loss))
             self._step_weights()
 
@@ -284,7 +287,7 @@ class SPOSTrainer(Trainer):
                 ends = not search.pending
                 if ends:
                     self._log_generation(search)
-                if ends or self._stop_signal:
+                if ends or self.processes.largest(self._stop_signal):
                     self._maybe_checkpoint(at_epoch_end=True)
 
     def _scored(self, choices: Mapping[str, int]) -> Callable[[], dict[str, float]]:
@@ -378,7 +381,7 @@ class SPOSTrainer(Trainer):
         search = None if self._search is None else self._search.state_dict()
         return {"search": search, "values": self._values, "searched_at": self._searched_at}
 
-    def _check_own_state(self, state: Mapping[str, Any], where: str) -> None:
+    def _check_own_state(self, state: Mapping[str, Any], model: nn.Module, where: str) -> None:
         key = row_of(*(index_below(len(d.options)) for d in self.decisions.values()))
         candidates = list_of(row_of(key, any_number))
         search = record(generation=whole, candidates=candidates, pending=list_of(key), generator=generator_state)
