@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import darts, digit_data, gumbel, proxyless, reinforce, spos, supernet, tiny
+from tiny import digit_data, gumbel, proxyless, spos, supernet, tiny
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,10 +18,8 @@ from oneshot import Trainer
 
 TRAINERS = {
     "proxyless": proxyless,
-    "reinforce": reinforce,
     "supernet": supernet,
     "gumbel": gumbel,
-    "darts": darts,
     "spos": spos,
 }
 

@@ -697,7 +697,8 @@ def share_draws(model: nn.Module, full: nn.Module) -> None:
         names = [decision.options.index(option) for option in known[label].options]
         for member in known[label].members:
             member.drawn = in_numbers(decision.drawn, names)
-            member.alpha_at_draw = decision.members[0].alpha_at_draw[names]
+            at_draw = decision.members[0].alpha_at_draw  # None for a sampler that does not read it
+            member.alpha_at_draw = None if at_draw is None else at_draw[names]
 
 
 def in_numbers(drawn: Any, names: list[int]) -> Any:

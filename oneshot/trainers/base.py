@@ -614,11 +614,8 @@ class Trainer(ABC):
             of_part, output, target = self._forward(part, loss, again=again)
             of_part = of_part if share == 1.0 else of_part * share
             total = of_part.detach() if total is None else total + of_part.detach()
-            found = self._measured(output, target)
-            for key, value in found.items() if share == 1.0 else ():
-                measured[key] = value
-            for key, value in found.items() if share != 1.0 else ():
-                measured[key] = value * share + measured.get(key, 0.0)
+            for key, value in self._measured(output, target).items():
+                measured[key] = value if share == 1.0 else value * share + measured.get(key, 0.0)
             if i == len(parts) and before_last is not None:
                 before_last(total)
             del output
@@ -757,9 +754,8 @@ class Trainer(ABC):
         where = f"resume({str(last)!r})" if last is not None and last.exists() else "none was written"
         text = ", ".join(f"{name} = {value}" for name, value in values.items())
         raise TrainingDivergedError(
-            f"step {step} ({self._phase_of_step}, epoch {step // self.steps_per_epoch}): {text}. Last good checkpoint: "
-            f"{where}. "
-            "Lower the learning rate, or look at the data of this step"
+            f"step {step} ({self._phase_of_step}, epoch {step // self.steps_per_epoch}): {text}. "
+            f"Last good checkpoint: {where}. Lower the learning rate, or look at the data of this step"
         )
 
     # ---- where in the run we are -------------------------------------------------------------------------------
@@ -984,12 +980,15 @@ class Trainer(ABC):
             self._log.probabilities(self.step, self.searched.shares())
         if phase == "search":
             self.targets.after_epoch(self._progress)
-        values.update(self._made_smaller(phase))
+        smaller = self._made_smaller(phase)
+        if any(smaller.values()):
+            now = argmax_choices(self.model)  # places of options that are left
+        values.update(smaller)
         with self._within_targets():
             values.update(self.targets.values({name: values[f"{name}_hard"] for name in self.targets.by_cost}))
             if self.valid_dataset is not None:
                 values.update({f"valid_{name}": value for name, value in self.evaluate().items()})
-            self._argmax = argmax_choices(self.model)
+            self._argmax = now
             self.history.append({"phase": phase, "epoch": epoch, "step": self.step, **values})
             self._log_values("epoch", phase, epoch, values)
             self._after_epoch(phase)

@@ -164,11 +164,13 @@ def _with_simple_steps(optimizer: Optimizer) -> Optimizer:
 
 def to_device_of_weights(optimizer: Optimizer) -> None:
     """Bring what an optimizer remembers, loaded before the model moved, to where its parameters are."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            # A count of steps stays where the optimizer keeps it.
-            if isinstance(value, torch.Tensor) and value.dim() > 0:
-                state[name] = value.to(parameter.device)
+    for group in optimizer.param_groups:
+        counts_there = group.get("fused") or group.get("capturable")  # else the CPU counts the steps
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and (value.dim() or counts_there):
+                    state[name] = value.to(parameter.device)
 
 
 def library_version() -> str:
