@@ -503,6 +503,11 @@ class Trainer(ABC):
     def _weight_step(self, batch: Any) -> None:
         """One step of the weights alone, in the warm-up and the fine-tuning."""
 
+    @property
+    def _trains_on_arch_part(self) -> bool:
+        """Whether there are steps on batches of the part of the data that is for the architecture."""
+        return True
+
     def _cost_references(self) -> Mapping[str, float]:
         """What these costs are compared with, in their units."""
         return self.targets.by_cost
@@ -849,7 +854,7 @@ class Trainer(ABC):
         }
         weight_batches = BatchStream(dataset, self.split.weight, seed=mix_seed(self.seed, 5), **common)
         arch_batches = None
-        if self.split.arch:
+        if self.split.arch and self._trains_on_arch_part:
             arch_batches = BatchStream(arch_dataset, self.split.arch, seed=mix_seed(self.seed, 6), **common)
         check_one_batch(self.model, self.loss, dataset)
         self.searched.check_export(self._examples())

@@ -178,6 +178,10 @@ class SPOSTrainer(Trainer):
         else:
             self._fair_step(batch)
 
+    @property
+    def _trains_on_arch_part(self) -> bool:
+        return False  # it is evaluated on
+
     def _search_step(self, batch: Any) -> None:
         self._weight_step(batch)
 
