@@ -80,6 +80,7 @@ SEARCHES: dict[str, tuple[Callable[..., Trainer], dict[str, Any]]] = {
     "darts, second order": (darts, {"order": 2}),
     "spos": (spos, {"limits": {"macs": 60_000}}),
     "pit": (pit, {}),
+    "pit, smaller": (pit, {"shrink_every": 1}),
     "pit and choices": (pit_supernet, {"targets": {"params": 500}}),
 }
 
