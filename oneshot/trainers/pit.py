@@ -73,6 +73,11 @@ class PITTrainer(PenalizedTrainer):
             ``'min'`` for the loss and ``'max'`` for a metric.
         patience: a phase ends after so many epochs without a better one on ``valid_dataset``. In the search only epochs
             that meet the targets count, so it needs these; the warm-up is never cut short.
+        shrink_every: after so many search epochs, and before the fine-tuning, the channels that are switched off leave
+            the network, with their weights and what optimizers keep of them, so that steps get cheaper. Outputs are
+            compared each time (ExportError); what a kept epoch has stays. What has left cannot come back; kernels keep
+            their taps until the export. Architectures speak of the whole network before and after. Not with
+            regularizers of weights, whose groups are those of the whole network.
         scheduler, warmup_scheduler, finetune_scheduler: ``(optimizer, total_steps) -> scheduler``, stepped after every
             weight step.
         All others as in ``ProxylessTrainer``. ``best.ckpt`` in ``checkpoint_dir``: the epoch that targets or validation

@@ -79,6 +79,8 @@ class SuperNetTrainer(PenalizedTrainer):
             weights learn from CE.
         sampling, hard: see above. ``temperature``: T, or a ``Temperature`` that changes from the first search epoch to
             the last one.
+        shrink_every: after so many search epochs, candidates of a LayerChoice leave it whose probability is below
+            0.01 / n, of n at first; otherwise as in ``PITTrainer``.
         train_selection: False: the alphas stay as they are, and only the weights are trained.
         arch_learning_rate: of Adam for the alphas, without weight decay. ``arch_optimizer``: a function from a list of
             parameters to another optimizer.
