@@ -214,7 +214,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 WRONG_AT_TRAIN: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dataset": None}, ConfigurationError, "dataset=None"),
-    ({"batch_size": 200}, ConfigurationError, "batch_size"),
+    ({"batch_size": 300}, ConfigurationError, "205 samples do not fill one batch of 300"),
     ({"arch_fraction": -0.1}, ConfigurationError, "fraction"),
     ({"arch_fraction": 1.5}, ConfigurationError, "fraction"),
     ({"arch_dataset": digit_data(10)}, ConfigurationError, "256 samples and arch_dataset 10"),
@@ -229,6 +229,13 @@ def test_wrong_arguments_at_construction(
 ) -> None:
     with pytest.raises(error, match=message):
         build(tiny(), **changes)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINERS if name != "spos"])
+def test_the_part_for_the_alphas_fills_a_batch(name: str) -> None:
+    """205 samples for the weights and 51 for the alphas, which SPOS only evaluates on."""
+    with pytest.raises(ConfigurationError, match="51 samples do not fill one batch of 200"):
+        TRAINERS[name](tiny(), batch_size=200).train()
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), WRONG_AT_TRAIN, ids=lambda v: str(v)[:30])
