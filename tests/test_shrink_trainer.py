@@ -20,6 +20,8 @@ from oneshot import (
     PITSuperNetTrainer,
     PITTrainer,
     SuperNetTrainer,
+    count_params,
+    count_peak_memory,
     decisions,
     fixed,
 )
@@ -187,6 +189,29 @@ def test_candidates_that_have_become_improbable_go(tmp_path: Path) -> None:
     assert again.train() == history
     assert again.export() == arch
     assert again.searched.removed() == {"one": ["k3", "k5"], "two": [1, 2]}
+
+
+def test_a_cost_of_ones_own_is_narrowed_also_after_a_resume(tmp_path: Path) -> None:
+    """As by name; it was counted with all candidates, and cannot be counted again."""
+
+    def own(**changes: Any) -> SuperNetTrainer:
+        torch.manual_seed(0)
+        model = Choosing()
+        settings = {"cost": {"params": count_params(model)}, "strength": 1.0, "arch_learning_rate": 0.5}
+        return supernet(
+            model, **{**settings, "num_epochs": 4, "shrink_every": 1, "dataset": digit_data(160), **changes}
+        )
+
+    trainer = own(checkpoint_dir=tmp_path, checkpoint_every=3)
+    history = trainer.train()
+    assert sum(record.get("removed", 0) for record in history) == 4
+    assert history[-1]["params_hard"] == 60 + 42 + 42 + 70
+    again = own()
+    again.resume(tmp_path / "previous.ckpt")
+    assert again.train() == history
+    memory = count_peak_memory(Choosing(), (torch.zeros(1, 1, 8, 8),))
+    with pytest.raises(ConfigurationError, match=r"shrink_every=1: the cost \['peak_memory'\]"):
+        own(cost=memory, strength=0.0)
 
 
 def test_masks_and_choices_of_one_network(tmp_path: Path) -> None:

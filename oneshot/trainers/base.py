@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,6 @@ from .targets import Pull, Targets
 
 __all__ = ["Trainer"]
 
-_T = TypeVar("_T")
 _AGREE_EVERY = 8
 """Steps between two questions to the other processes whether one of them was told to stop."""
 
@@ -459,6 +458,8 @@ class Trainer(ABC):
     def _take(self, state: Mapping[str, Any]) -> None:
         """All of a checkpoint but what is of the search, or of what comes after it."""
         self._finite.forget()
+        if state["latency_table"] is not None and self.costs.measures:
+            self.searched.take_table(LatencyTable(**state["latency_table"]))
         if state["removed"] != self.searched.removed():
             self.searched.remove_(self.model, state["removed"], self._held_by())
             self._follow_model({})
@@ -471,8 +472,6 @@ class Trainer(ABC):
         self.scale.load_state_dict(state["scaler"])
         self.step, self.arch_batches = state["step"], state["arch_batches"]
         self.history, self._argmax = list(state["history"]), dict(state["argmax"])
-        if state["latency_table"] is not None and self.costs.measures:
-            self.searched.take_table(LatencyTable(**state["latency_table"]))
         self._scheduler_state = state["scheduler"]
         self._log_size = state["log_size"]
         self._ended = dict(state["ended"])

@@ -178,7 +178,13 @@ class Choices(Searched):
         return dropped_candidates(self.model)
 
     def remove_(self, model: nn.Module, removed: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
-        remove_candidates_(model, removed, [self.example()], optimizers=optimizers)
+        if model is self.model:
+            for name, source in self.costs.sources.items():
+                if isinstance(source, CostModel):
+                    self.cost_model(name)  # the user's own, of all candidates: it cannot be counted again
+        gone = remove_candidates_(model, removed, [self.example()], optimizers=optimizers)
+        if model is self.model and gone:
+            self._narrow(gone)
 
     def follow_model(self) -> None:
         # Counted on what is left, but for those that were narrowed already.

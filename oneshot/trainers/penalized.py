@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Subset
 
+from ..cost import PeakMemory
 from ..errors import ConfigurationError, InfeasibleTargetError
 from ..export import arch_of, argmax_choices
 from ..graph import evaluated
@@ -109,6 +110,11 @@ class PenalizedTrainer(Trainer):
             raise ConfigurationError(
                 f"shrink_every={shrink_every}: {[type(part).__name__ for part in self._of_weights]} have groups of the "
                 "weights of the whole network; leave one of them out"
+            )
+        peaks = [name for name, source in searched.costs.sources.items() if isinstance(source, PeakMemory)]
+        if shrink_every is not None and peaks:
+            raise ConfigurationError(
+                f"shrink_every={shrink_every}: the cost {peaks} is of all candidates; give it by name, 'peak_memory'"
             )
         self.shrink_every = shrink_every
         self.larger_is_better = larger_is_better(monitor, monitor_mode)
